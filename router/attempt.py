@@ -1,0 +1,237 @@
+"""Drives one attempt through its phases: reserve, prefill, pull, decode (the picture is in request.py). Pure."""
+
+from __future__ import annotations
+
+import math
+
+from twinpool.router import events as ev
+from twinpool.router.policy.base import Placement
+from twinpool.router.request import NOBODY, Phase, Ready, Request
+from twinpool.router.state import FORGETTING, State
+
+
+class Attempts:
+    """Handlers of everything a worker says about an attempt, and the two ways to start one."""
+
+    __slots__ = ("_state",)
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def start(self, request: Request, placement: Placement, now: float) -> None:
+        """PLACED: book the workers, ask for decode room or start the prefill."""
+        state = self._state
+        request.begin_attempt(state.next_attempt)
+        state.next_attempt += 1
+        state.by_attempt[request.attempt] = request
+        request.attempts += 1
+        request.phase = Phase.PLACED
+        if request.placed_at < 0:
+            request.placed_at = now
+        request.prefill = placement.prefill
+        request.path, request.reason = placement.path, placement.reason
+        worker = state.pool.workers[placement.prefill]
+        request.prefill_name = worker.name
+        uncached = request.length - placement.cached
+        output = state.expected_output(request) if placement.local else 0
+        worker.book(request.attempt, request.rid, request.length + output)
+        worker.commit_prefill(request.attempt, placement.seconds, uncached, placement.cached, now)
+        if placement.local:
+            request.decode, request.decode_name = placement.prefill, worker.name
+        elif placement.decode != NOBODY:
+            self.reserve(request, placement.decode, now)
+            return
+        elif request.wants_transfer:
+            state.unhome(request, now)
+        self._start_prefill(request, now)
+
+    def reserve(self, request: Request, decode: int, now: float) -> None:
+        """Book decode room, and ask the worker for it, unless it is the one that has the KV already."""
+        state = self._state
+        worker = state.pool.workers[decode]
+        request.decode, request.decode_name = decode, worker.name
+        request.reserved_at = now  # until the answer comes: when it was asked for
+        tokens = request.length + state.expected_output(request)
+        worker.book(request.attempt, request.rid, tokens)
+        worker.join_decode(request.attempt, request.length, request.itl_s)
+        if decode == request.prefill:
+            request.reserved = True
+            request.held = request.blocks(worker.block_size)
+            self._go_on(request, now)
+            return
+        state.actions.append(ev.SendReserve(decode, request, request.attempt, -(-tokens // worker.block_size)))
+        state.wake_at(now + state.limits.reserve_wait_s, request, request.attempt)
+
+    def _start_prefill(self, request: Request, now: float) -> None:
+        request.phase = Phase.PREFILLING
+        request.prefill_started_at = now
+        self._state.actions.append(
+            ev.SendPrefill(request.prefill, request, request.attempt, request.path == "local", request.wants_transfer)
+        )
+
+    def reserved(self, event: ev.Reserved, now: float) -> None:
+        """Decode room is there."""
+        state = self._state
+        request = state.attempt_of(event.worker, event.attempt)
+        if request is None or request.reserved or event.worker != request.decode:
+            return
+        request.reserved = True
+        request.held = min(event.held, (request.length - 1) // state.pool.workers[event.worker].block_size)
+        state.round_trip_s += FORGETTING * (now - request.reserved_at - state.round_trip_s)
+        request.reserved_at = now
+        if request.phase == Phase.PLACED:
+            request.phase = Phase.RESERVED
+            self._start_prefill(request, now)
+        self._pull_ready(request)
+        self._go_on(request, now)
+
+    def _go_on(self, request: Request, now: float) -> None:
+        """With the first token known, the decode worker may go on as soon as it has all blocks."""
+        if request.prefill_done:
+            self._state.actions.append(ev.SendDecode(request.decode, request, request.attempt))
+            self._check_transferred(request, now)
+
+    def no_room(self, event: ev.NoRoom, now: float) -> None:
+        """The worker's memory is fuller than booked: another place, or (decode) later."""
+        state = self._state
+        request = state.attempt_of(event.worker, event.attempt)
+        if request is None:
+            return
+        worker = state.pool.workers[event.worker]
+        if event.worker == request.prefill:
+            state.retry(request, now, gone=event.worker)
+        else:
+            worker.forget(request.attempt, now)
+            request.decode = NOBODY
+            state.unhome(request, now)
+            if request.phase == Phase.PLACED:
+                self._start_prefill(request, now)
+        worker.full = True  # until it reports, or something there ends
+
+    def progressed(self, event: ev.Progressed, now: float) -> None:
+        """Prompt tokens were computed."""
+        request = self._state.attempt_of(event.worker, event.attempt)
+        if request is None or event.worker != request.prefill:
+            return
+        if request.attempts == 1:
+            request.cached = min(event.cached, request.prompt_len)
+        request.compute_s = event.step_s
+        worker = self._state.pool.workers[event.worker]
+        if event.done >= request.length and len(worker.prefills) == 1 and not worker.decodes:
+            worker.saw_prefill(request.length - event.cached, event.cached, event.step_s)
+        worker.progress(event.attempt, request.length - event.done, event.done, now)
+        self._state.room_changed = True
+
+    def blocks_ready(self, event: ev.BlocksReady, now: float) -> None:
+        """Blocks may be pulled, as soon as there is room for them somewhere."""
+        request = self._state.attempt_of(event.worker, event.attempt)
+        if request is None or event.worker != request.prefill or not request.wants_transfer:
+            return
+        request.ready.append(Ready(event.first, event.count, event.blocks, event.sums))
+        if request.reserved:
+            self._pull_ready(request)
+
+    def _pull_ready(self, request: Request) -> None:
+        """Pull what is ready and not held at the receiver already."""
+        for ready in request.ready:
+            skip = min(ready.count, max(0, request.held - ready.first))
+            if skip < ready.count:
+                first, blocks, sums = ready.first + skip, ready.blocks[4 * skip :], ready.sums[8 * skip :]
+                self._state.actions.append(
+                    ev.SendPull(request.decode, request.attempt, request.prefill, first, blocks, sums)
+                )
+        request.ready.clear()
+
+    def blocks_verified(self, event: ev.BlocksVerified, now: float) -> None:
+        """One pull is done."""
+        state = self._state
+        request = state.attempt_of(event.worker, event.attempt)
+        if request is None or event.worker != request.decode:
+            return
+        request.verified += event.count
+        request.kv_bytes += event.bytes
+        request.backend = event.backend
+        if event.seconds > 0.0:
+            state.bytes_per_s += FORGETTING * (event.bytes / event.seconds - state.bytes_per_s)
+        self._check_transferred(request, now)
+
+    def _check_transferred(self, request: Request, now: float) -> None:
+        """TRANSFERRED: with everything verified at the decode worker, the prefill worker's copy is not needed."""
+        state = self._state
+        block_size = state.pool.workers[request.decode].block_size
+        missing = request.blocks(block_size) - request.held - request.verified
+        if missing > 0 or not request.prefill_done or request.transferred_at >= 0.0:
+            return
+        request.transferred_at = now
+        request.phase = max(request.phase, Phase.TRANSFERRED)
+        if request.prefill != request.decode and state.pool.workers[request.prefill].forget(request.attempt, now):
+            state.actions.append(ev.SendRelease(request.prefill, request.attempt))
+            state.room_changed = True
+
+    def blocks_bad(self, event: ev.BlocksBad, now: float) -> None:
+        """Fail closed: nothing is decoded from blocks that did not verify."""
+        request = self._state.attempt_of(event.worker, event.attempt)
+        if request is not None and event.worker == request.decode:
+            request.suspect = event.reason == "CHECKSUM"
+            self._state.lose(request, f"KV transfer failed ({event.reason})", now)
+
+    def emitted(self, event: ev.Emitted, now: float) -> None:
+        """Tokens came: the attempt's first one, the decode worker's first one, or more."""
+        request = self._state.attempt_of(event.worker, event.attempt)
+        if request is None:
+            return
+        request.emitted += event.count
+        if not request.prefill_done:
+            self._first_token(request, now)
+        elif request.phase < Phase.DECODING:
+            request.phase = Phase.DECODING
+            request.decoding_at = now
+            self._state.show(request)
+
+    def _first_token(self, request: Request, now: float) -> None:
+        state = self._state
+        request.prefill_done = True
+        request.phase = Phase.FIRST
+        if request.first_at < 0.0:
+            request.first_at = now
+        worker = state.pool.workers[request.prefill]
+        worker.end_prefill(request.attempt, now)
+        state.room_changed = True
+        if request.path == "local":
+            worker.join_decode(request.attempt, request.length, request.itl_s)
+        elif request.reserved:
+            self._go_on(request, now)
+        if self._predicted_gap(request) <= request.itl_s or now >= request.deadline:
+            state.show(request)
+        elif not request.shown:
+            state.wake_at(request.deadline, request)  # whatever becomes of this attempt
+
+    def _predicted_gap(self, request: Request) -> float:
+        """Seconds until the second token: the last blocks' way, half a running step, one step."""
+        if request.left <= 0 or request.path == "local":
+            return 0.0
+        if request.decode == NOBODY:
+            return math.inf
+        state = self._state
+        worker = state.pool.workers[request.decode]
+        missing = request.blocks(worker.block_size) - request.held - request.verified
+        step = worker.decode_s(max(1, worker.batch), worker.context)
+        return missing * worker.block_bytes / state.bytes_per_s + (1.5 if worker.batch > 1 else 1.0) * step
+
+    def ended(self, event: ev.Ended, now: float) -> None:
+        """The sequence is complete; the worker that says so has freed its part."""
+        state = self._state
+        request = state.attempt_of(event.worker, event.attempt)
+        if request is not None:
+            state.pool.workers[event.worker].forget(request.attempt, now)
+            state.finish(request, event.reason, now)
+
+    def lost(self, event: ev.AttemptLost, now: float) -> None:
+        """The worker gave the attempt up."""
+        request = self._state.attempt_of(event.worker, event.attempt)
+        if request is None or event.attempt not in self._state.pool.workers[event.worker].attempts:
+            return  # of another attempt, or a prefill worker whose part is done
+        if event.counts:
+            self._state.lose(request, event.reason, now, gone=event.worker)
+        else:
+            self._state.retry(request, now, gone=event.worker)

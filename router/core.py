@@ -1,0 +1,255 @@
+"""The cell's decisions as a sans-IO state machine: ``on(event, now) -> actions``. Only here a request changes phase.
+
+It never awaits, reads no clock and draws no random number: the live router is a thin asyncio loop around it, the
+simulator a thin heap loop. ``next_tick`` says when it wants a ``Tick``; every deadline and lease hangs on that.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from typing import Any
+
+from twinpool.router import events as ev
+from twinpool.router.attempt import Attempts
+from twinpool.router.policy.base import NOBODY, Policy
+from twinpool.router.pool import MEMORY_LIMIT, Worker
+from twinpool.router.request import Phase, Request
+from twinpool.router.state import Limits, State
+
+UNLOADED_CHUNK = 2048  # tokens a step of the prefill that the TTFT SLO is measured in
+RENEWALS_PER_LEASE = 3
+
+
+class Core:
+    """One cell. Not thread-safe; one driver."""
+
+    def __init__(self, policy: Policy, limits: Limits | None = None) -> None:
+        self.policy = policy
+        self.state = State(limits or Limits())
+        self.attempts = Attempts(self.state)
+        self._short_since: dict[str, float] = {"prefill": 0.0, "decode": 0.0}  # since when a pool has been empty
+        self._renew_at = math.inf
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            ev.Submit: self._submit, ev.Cancel: self._cancel, ev.Tick: self._tick,
+            ev.WorkerUp: self._worker_up, ev.WorkerLost: self._worker_lost, ev.WorkerDraining: self._worker_draining,
+            ev.RolesSet: self._roles_set, ev.Reported: self._reported, ev.KvChanged: self._kv_changed,
+            ev.Reserved: self.attempts.reserved, ev.NoRoom: self.attempts.no_room,
+            ev.Progressed: self.attempts.progressed, ev.BlocksReady: self.attempts.blocks_ready,
+            ev.BlocksVerified: self.attempts.blocks_verified, ev.BlocksBad: self.attempts.blocks_bad,
+            ev.Emitted: self.attempts.emitted, ev.Ended: self.attempts.ended, ev.AttemptLost: self.attempts.lost,
+        }  # fmt: skip
+
+    def on(self, event: ev.Event, now: float) -> list[ev.Action]:
+        """Take one event; the caller performs the returned actions in order. ``now`` never goes back."""
+        state = self.state
+        state.actions = []
+        self._handlers[type(event)](event, now)
+        while state.room_changed:
+            state.room_changed = False
+            self._find_decoders(now)
+            self._place_waiting(now)
+        return state.actions
+
+    def next_tick(self, now: float) -> float:
+        """When a Tick is wanted next; infinity if nothing waits for time."""
+        when = min(self.state.timers[0][0] if self.state.timers else math.inf, self._renew_at)
+        if len(self.state.queue):
+            when = min(when, self.policy.next_room(self.state.view(), now))
+        return when
+
+    # --- requests ----------
+
+    def _submit(self, event: ev.Submit, now: float) -> None:
+        state, request = self.state, event.request
+        request.arrival = now
+        request.deadline = now + request.ttft_s + request.ttft_factor * self._unloaded_prefill(request)
+        state.requests[request.rid] = request
+        if state.queue.full:
+            state.refuse(request, "RESOURCE_EXHAUSTED", "QUEUE_FULL", "the queue is full: come back later", now, 1.0)
+        elif (problem := self._never_fits(request)) is not None:
+            state.refuse(request, "INVALID_ARGUMENT", "KV_TOO_SMALL", problem, now)
+        else:
+            state.enqueue(request, now)
+            for moment in (request.give_up, request.queue_until):
+                state.wake_at(moment, request)
+
+    def _unloaded_prefill(self, request: Request) -> float:
+        costs = [worker.cost for worker in self.state.pool.workers.values()]
+        return min((cost.prefill(request.prompt_len, 0, UNLOADED_CHUNK) for cost in costs), default=0.0)
+
+    def _never_fits(self, request: Request) -> str | None:
+        """Why no workers like those connected could ever serve the request; None if some could."""
+        problem = None
+        for way in self._ways(request):
+            problem = next(filter(None, (self._too_small(request, role) for role in way)), None)
+            if problem is None:
+                return None
+        return problem
+
+    def _ways(self, request: Request) -> tuple[tuple[str, ...], ...]:
+        """Pools that can serve what is left of the request; see ``Policy.needs``."""
+        return (("decode",),) if request.rid in self.state.unhomed else self.policy.needs(request)
+
+    def _too_small(self, request: Request, role: str) -> str | None:
+        need = request.length + (request.left if role == "decode" else 0)
+        room = int(MEMORY_LIMIT * self.state.pool.largest(role))
+        if not 0 < room < need:
+            return None
+        return (
+            f"the request needs {need} tokens of KV memory and the largest {role} worker has {room}: "
+            "shorten the prompt, lower max_tokens, or give workers more KV memory"
+        )
+
+    def _cancel(self, event: ev.Cancel, now: float) -> None:
+        request = self.state.requests.get(event.rid)
+        if request is not None:
+            self.state.refuse(request, "CANCELLED", "CANCELLED", "the request was cancelled", now)
+
+    # --- placing ----------
+
+    def _place_waiting(self, now: float) -> None:
+        view = self.state.view()
+        while (request := self.state.queue.head()) is not None:
+            if self._refuse_hopeless(request, now):
+                continue
+            placement = self.policy.on_room(request, view, now)
+            if placement is None:
+                return
+            self.state.queue.remove(request)
+            self.attempts.start(request, placement, now)
+            self._renew_at = min(self._renew_at, now + self._renew_every)
+
+    def _find_decoders(self, now: float) -> None:
+        """Give KV that waits at its prefill worker a decode worker, in order of deadline."""
+        unhomed = self.state.unhomed
+        if not unhomed:
+            return
+        view = self.state.view()
+        for request in sorted(unhomed.values(), key=lambda r: (r.deadline, r.rid)):
+            decode = self.policy.decode_for(request, view, now)
+            if decode == NOBODY and self._refuse_hopeless(request, now):
+                continue
+            if decode == NOBODY:
+                return
+            del unhomed[request.rid]
+            self.attempts.reserve(request, decode, now)
+
+    # --- workers ----------
+
+    def _worker_up(self, event: ev.WorkerUp, now: float) -> None:
+        assert event.worker not in self.state.pool.workers, f"worker {event.worker} is up already"
+        self.state.pool.add(Worker(event))
+        self._roles_changed(now)
+
+    def _worker_lost(self, event: ev.WorkerLost, now: float) -> None:
+        worker = self.state.pool.workers.pop(event.worker, None)
+        if worker is None:
+            return
+        self.state.index.forget(event.worker)
+        self._roles_changed(now)
+        for rid in list(worker.attempts.values()):
+            self.state.lose(self.state.requests[rid], f"worker {worker.name} died", now, gone=event.worker)
+
+    def _worker_draining(self, event: ev.WorkerDraining, now: float) -> None:
+        self.state.pool.workers[event.worker].draining = True
+        self._roles_changed(now)
+
+    def _roles_set(self, event: ev.RolesSet, now: float) -> None:
+        self.state.pool.workers[event.worker].roles = event.roles
+        self._roles_changed(now)
+
+    def _roles_changed(self, now: float) -> None:
+        for role in self._short_since:
+            if self.state.pool.has(role):
+                self._short_since[role] = math.inf
+            elif self._short_since[role] == math.inf:
+                self._short_since[role] = now
+        for request in (*self.state.queue, *self.state.unhomed.values()):
+            self.state.wake_at(now + self.state.limits.no_worker_wait_s, request)
+        self.state.room_changed = True
+
+    def _refuse_hopeless(self, request: Request, now: float) -> bool:
+        """Workers come and go, outputs grow: a request that fits no worker must not stand before others for ever."""
+        problem = self._never_fits(request)
+        if problem is not None:
+            self.state.refuse(request, "INVALID_ARGUMENT", "KV_TOO_SMALL", problem, now)
+        return problem is not None
+
+    def _reported(self, event: ev.Reported, now: float) -> None:
+        worker = self.state.pool.workers.get(event.worker)
+        if worker is not None:
+            if event.running > 0 and event.waiting == 0:
+                worker.saw_decode(event.running, event.context, event.step_s)
+            if worker.full and event.free > 0:
+                worker.full = False
+                self.state.room_changed = True
+
+    def _kv_changed(self, event: ev.KvChanged, now: float) -> None:
+        if event.worker in self.state.pool.workers:
+            self.state.index.change(event.worker, event.stored, event.removed, event.reset)
+
+    # --- time ----------
+
+    @property
+    def _renew_every(self) -> float:
+        return self.state.limits.lease_s / RENEWALS_PER_LEASE
+
+    def _tick(self, event: ev.Tick, now: float) -> None:
+        timers = self.state.timers
+        while timers and timers[0][0] <= now:
+            _, rid, attempt = heapq.heappop(timers)
+            request = self.state.requests.get(rid)
+            if request is not None and attempt in (0, request.attempt):
+                self._look_at(request, now)
+        if self._renew_at <= now:
+            self._renew(now)
+        self.state.room_changed = True
+
+    def _look_at(self, request: Request, now: float) -> None:
+        """Whatever a deadline of this request asks for now."""
+        if now >= request.give_up:
+            self.state.refuse(request, "DEADLINE_EXCEEDED", "DEADLINE", "the caller's deadline passed", now)
+        elif request.phase == Phase.QUEUED or request.rid in self.state.unhomed:
+            self._look_at_waiting(request, now)
+        elif self._reservation_overdue(request, now):
+            self.state.lose(request, "the decode worker did not answer a reservation", now)
+        if not request.over and request.first_at >= 0.0 and now >= request.deadline:
+            self.state.show(request)
+
+    def _reservation_overdue(self, request: Request, now: float) -> bool:
+        if request.decode == NOBODY or request.reserved or request.path != "split":
+            return False
+        return now >= request.reserved_at + self.state.limits.reserve_wait_s
+
+    def _look_at_waiting(self, request: Request, now: float) -> None:
+        if request.attempts == 0 and now >= request.queue_until:
+            message = f"not started within {now - request.arrival:.1f} s: the cell is overloaded"
+            self.state.refuse(request, "RESOURCE_EXHAUSTED", "QUEUE_TIMEOUT", message, now, 1.0)
+            return
+        for role in self._missing(request):
+            until = max(request.arrival, self._short_since[role]) + self.state.limits.no_worker_wait_s
+            if now >= until:
+                message = f"no {role} worker is connected: start one (twinpool worker --role {role}), or retry later"
+                self.state.refuse(request, "UNAVAILABLE", "NO_WORKER", message, now, 1.0)
+                return
+            self.state.wake_at(until, request)
+
+    def _missing(self, request: Request) -> list[str]:
+        """Empty pools without which the request cannot be served."""
+        missing: list[str] = []
+        for way in self._ways(request):
+            empty = [role for role in way if self._short_since[role] < math.inf]
+            if not empty and not any(self._too_small(request, role) for role in way):
+                return []
+            missing = missing or empty
+        return missing
+
+    def _renew(self, now: float) -> None:
+        busy = False
+        for worker in self.state.pool.workers.values():
+            if worker.attempts:
+                busy = True
+                self.state.actions.append(ev.SendRenew(worker.id, list(worker.attempts)))
+        self._renew_at = now + self._renew_every if busy else math.inf

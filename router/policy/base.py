@@ -1,0 +1,64 @@
+"""The seam for scheduling policies: pure functions over the core's picture, the same live and simulated.
+
+Every decision compares predicted seconds. A policy never changes what it looks at; the core books what it answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from twinpool.router.kv_index import KvIndex
+from twinpool.router.pool import Pool
+from twinpool.router.request import NOBODY, Request
+
+
+@dataclass(slots=True)
+class View:
+    """What a policy may look at (borrowed, read-only)."""
+
+    pool: Pool
+    index: KvIndex
+    commit_round_trip_s: float
+    expected_output: int  # tokens, mean of what requests of this cell wrote lately
+
+
+class Placement(NamedTuple):
+    """Where one request goes. ``decode`` = NOBODY: found later, or not needed (see ``path``)."""
+
+    prefill: int
+    decode: int
+    path: str  # split | local
+    reason: str  # for people: why this path and these workers
+    cached: int  # prompt tokens predicted to be cached at ``prefill``
+    seconds: float  # predicted prefill work
+
+    @property
+    def local(self) -> bool:
+        """One worker does both."""
+        return self.path == "local"
+
+
+class Policy(Protocol):
+    """Decides for a cell."""
+
+    name: str
+
+    def on_room(self, request: Request, view: View, now: float) -> Placement | None:
+        """Place the head of the queue; None = no worker has room now, ask again when something changes."""
+        ...
+
+    def decode_for(self, request: Request, view: View, now: float) -> int:
+        """A decode worker for a request whose KV waits at its prefill worker; NOBODY = none has room."""
+        ...
+
+    def needs(self, request: Request) -> tuple[tuple[str, ...], ...]:
+        """Alternatives, each a set of pools that can serve the request together."""
+        ...
+
+    def next_room(self, view: View, now: float) -> float:
+        """When a worker is predicted to have room by itself (infinity: only an event can make some)."""
+        ...
+
+
+__all__ = ["NOBODY", "Placement", "Policy", "View"]

@@ -1,0 +1,146 @@
+"""One request, one drawn life. Metrics, the log and the answer's timing all come from the stamps of its edges.
+
+    RECEIVED -> QUEUED -> PLACED -> RESERVED -> PREFILLING -> FIRST -> TRANSFERRED -> DECODING -> FINISHED
+                  ^        |          |             |           |           |            |
+                  |        '--(no decode worker has room: KV waits on p)--->|            |
+                  '--------+----------+-------------+-----------+-----------+------------'   attempt lost, preempted
+    any -> CANCELLED | REJECTED          PREFILLING -> FINISHED: one token wanted, or the first token stops
+    path local: PLACED -> PREFILLING -> FIRST -> DECODING -> FINISHED (one worker, nothing moves)
+
+PLACED: the policy chose workers. RESERVED: the decode worker booked room under a lease. FIRST: the first token of the
+attempt is here. TRANSFERRED: the decode worker verified every block. DECODING: its first token is here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Phase(IntEnum):
+    """Where a request is in its life."""
+
+    QUEUED = 0
+    PLACED = 1
+    RESERVED = 2
+    PREFILLING = 3
+    FIRST = 4
+    TRANSFERRED = 5
+    DECODING = 6
+    FINISHED = 7
+    CANCELLED = 8
+    REJECTED = 9
+
+
+@dataclass(slots=True)
+class Ready:
+    """Blocks announced by the prefill worker, not yet pulled."""
+
+    first: int
+    count: int
+    blocks: bytes
+    sums: bytes
+
+
+NOBODY = -1
+
+
+class Request:
+    """State of one request in the core. Times in seconds of the driver's clock; a stamp of -1 did not happen."""
+
+    __slots__ = (
+        "arrival", "attempt", "attempts", "backend", "cached", "compute_s", "deadline", "decode",
+        "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "finished_at", "first_at",
+        "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "losses", "max_tokens", "path", "phase",
+        "placed_at", "prefill", "prefill_done", "prefill_name", "prefill_started_at", "prompt_len",
+        "queue_until", "rank", "ready", "reason", "reserved", "reserved_at", "rid", "session", "shown",
+        "suspect", "tenant", "transferred_at", "ttft_factor", "ttft_s", "verified",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        rid: int,
+        prompt_len: int,
+        max_tokens: int,
+        hashes: list[int],
+        *,
+        ttft_s: float,
+        ttft_factor: float,
+        itl_s: float,
+        rank: int = 0,
+        klass: str = "realtime",
+        tenant: str = "",
+        session: str = "",
+        give_up: float = float("inf"),
+        queue_until: float = float("inf"),
+        resumed: int = 0,
+    ) -> None:
+        self.rid = rid
+        self.prompt_len = prompt_len
+        self.max_tokens = max_tokens
+        self.hashes = hashes  # of the full blocks of prompt + resumed tokens
+        self.ttft_s = ttft_s
+        self.ttft_factor = ttft_factor
+        self.itl_s = itl_s
+        self.rank = rank
+        self.klass = klass
+        self.tenant = tenant
+        self.session = session
+        self.give_up = give_up  # the caller's own deadline
+        self.queue_until = queue_until
+        self.emitted = resumed  # output tokens known, those the client brought along included
+        self.arrival = 0.0
+        self.deadline = 0.0  # of the first token
+        self.phase = Phase.QUEUED
+        self.attempts = 0
+        self.losses = 0  # attempts lost by a fault (preemptions are not)
+        self.shown = False
+        self.ended = ""
+        self.placed_at = self.first_at = self.finished_at = -1.0
+        self.compute_s = 0.0
+        self.kv_bytes = 0
+        self.backend = ""
+        self.cached = 0
+        self.begin_attempt(0)
+
+    def begin_attempt(self, attempt: int) -> None:
+        """Forget everything of the last attempt; 0 means that none runs."""
+        self.attempt = attempt
+        self.prefill = NOBODY
+        self.decode = NOBODY
+        self.prefill_name = ""  # kept for the answer: the worker may be gone by then
+        self.decode_name = ""
+        self.path = ""
+        self.reason = ""
+        self.held = 0
+        self.reserved = False
+        self.suspect = False  # its KV did not match its checksums
+        self.ready: list[Ready] = []
+        self.verified = 0
+        self.prefill_done = False
+        self.emitted_before = self.emitted
+        self.reserved_at = self.prefill_started_at = self.transferred_at = self.decoding_at = -1.0
+
+    @property
+    def length(self) -> int:
+        """Tokens to have in KV before this attempt's first token: the prompt and all output so far."""
+        return self.prompt_len + self.emitted_before
+
+    @property
+    def left(self) -> int:
+        """Output tokens that may still come."""
+        return self.max_tokens - self.emitted
+
+    @property
+    def wants_transfer(self) -> bool:
+        """Whether KV must move: not on path local, not for a single token."""
+        return self.path == "split" and self.max_tokens - self.emitted_before > 1
+
+    @property
+    def over(self) -> bool:
+        """FINISHED, CANCELLED or REJECTED."""
+        return self.phase >= Phase.FINISHED
+
+    def blocks(self, block_size: int) -> int:
+        """Blocks that hold ``length`` tokens."""
+        return -(-self.length // block_size)

@@ -1,0 +1,174 @@
+"""What the core knows: requests, queue, workers, index, estimates; and how a request ends or starts again. Pure.
+
+``core.py`` takes the events, ``attempt.py`` drives one attempt through its phases; both change only this.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+
+from twinpool.router import events as ev
+from twinpool.router.admission import Queue
+from twinpool.router.kv_index import KvIndex
+from twinpool.router.policy.base import View
+from twinpool.router.pool import Pool
+from twinpool.router.request import NOBODY, Phase, Request
+
+FORGETTING = 0.05  # weight of a new sample in the running means
+MIN_TIMERS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of a cell; seconds."""
+
+    max_queue: int = 1024
+    max_losses: int = 4
+    no_worker_wait_s: float = 5.0
+    lease_s: float = 10.0
+    reserve_wait_s: float = 2.0
+
+
+class State:
+    """One cell's state and the actions of the event in hand."""
+
+    __slots__ = (
+        "actions", "by_attempt", "bytes_per_s", "index", "limits", "mean_output", "next_attempt", "pool", "queue",
+        "requests", "room_changed", "round_trip_s", "timer_limit", "timers", "unhomed",
+    )  # fmt: skip
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pool = Pool()
+        self.index = KvIndex()
+        self.queue = Queue(limits.max_queue)
+        self.requests: dict[int, Request] = {}
+        self.by_attempt: dict[int, Request] = {}
+        self.unhomed: dict[int, Request] = {}  # KV computed or under way, but no decode worker yet; by rid
+        self.timers: list[tuple[float, int, int]] = []  # (time, rid, attempt; 0: whatever attempt)
+        self.timer_limit = MIN_TIMERS  # above that the timers of what is over are taken out
+        self.actions: list[ev.Action] = []
+        self.next_attempt = 1
+        self.mean_output = 128.0
+        self.bytes_per_s = 1e9
+        self.round_trip_s = 0.001
+        self.room_changed = False
+
+    def view(self) -> View:
+        """What a policy may look at."""
+        return View(self.pool, self.index, self.round_trip_s, max(1, round(self.mean_output)))
+
+    def expected_output(self, request: Request) -> int:
+        """Output tokens to book for: the running mean, at most what may still come."""
+        return min(request.left, max(1, round(self.mean_output)))
+
+    def wake_at(self, when: float, request: Request, attempt: int = 0) -> None:
+        """Look at the request again then, if (with ``attempt``) that attempt is still the one."""
+        if when == math.inf:
+            return
+        heapq.heappush(self.timers, (when, request.rid, attempt))
+        if len(self.timers) > self.timer_limit:
+            self.timers[:] = [timer for timer in self.timers if timer[1] in self.requests]
+            heapq.heapify(self.timers)
+            self.timer_limit = max(MIN_TIMERS, 2 * len(self.timers))
+
+    def attempt_of(self, worker: int, attempt: int) -> Request | None:
+        """The request of a live attempt that this worker is part of; None for a late word of a lost one."""
+        request = self.by_attempt.get(attempt)
+        return request if request is not None and worker in (request.prefill, request.decode) else None
+
+    def enqueue(self, request: Request, now: float) -> None:
+        """QUEUED, first or again."""
+        request.phase = Phase.QUEUED
+        self.queue.push(request)
+        self.wake_at(now + self.limits.no_worker_wait_s, request)
+        self.room_changed = True
+
+    def unhome(self, request: Request, now: float) -> None:
+        """Its KV waits at the prefill worker until a decode worker has room."""
+        self.unhomed[request.rid] = request
+        self.wake_at(now + self.limits.no_worker_wait_s, request)
+        self.room_changed = True
+
+    def show(self, request: Request) -> None:
+        """The first token need not be held any longer. Idempotent."""
+        if not request.shown:
+            request.shown = True
+            self.actions.append(ev.Show(request.rid))
+
+    def finish(self, request: Request, reason: str, now: float) -> None:
+        """FINISHED: the stream is complete."""
+        self.show(request)
+        request.ended = reason
+        request.phase = Phase.FINISHED
+        self._close(request, now)
+        self.mean_output += FORGETTING * (request.emitted - self.mean_output)
+        self.actions.append(ev.Finish(request))
+
+    def refuse(
+        self, request: Request, code: str, reason: str, message: str, now: float, retry_s: float | None = None
+    ) -> None:
+        """CANCELLED or REJECTED with a gRPC status name, a machine-readable reason and a sentence."""
+        request.ended = reason
+        request.phase = Phase.CANCELLED if code == "CANCELLED" else Phase.REJECTED
+        self._close(request, now)
+        self.actions.append(ev.Refuse(request, code, reason, message, retry_s))
+
+    def lose(self, request: Request, why: str, now: float, gone: int = NOBODY) -> None:
+        """A fault took the attempt: plan it again with what was sent so far, a bounded number of times."""
+        request.losses += 1
+        if request.losses >= self.limits.max_losses:
+            message = f"given up after {request.losses} lost attempts; the last: {why}"
+            self.refuse(request, "UNAVAILABLE", "ATTEMPTS_LOST", message, now, 1.0)
+        else:
+            self.retry(request, now, gone)
+
+    def retry(self, request: Request, now: float, gone: int = NOBODY) -> None:
+        """Back to the queue with the prompt and the tokens sent so far; nobody's fault."""
+        self._drop_attempt(request, now, gone)
+        request.begin_attempt(0)
+        if request.left <= 0:
+            self.finish(request, "length", now)
+        else:
+            self.enqueue(request, now)
+
+    def _close(self, request: Request, now: float) -> None:
+        request.finished_at = now
+        if self.queue.remove(request):
+            self.room_changed = True  # who stood behind it may be next
+        self._drop_attempt(request, now, NOBODY)
+        del self.requests[request.rid]
+
+    def _drop_attempt(self, request: Request, now: float, gone: int) -> None:
+        """Free what the attempt holds anywhere; ``gone`` is a worker that needs no telling."""
+        if not request.attempt:
+            return
+        self.by_attempt.pop(request.attempt, None)
+        self.unhomed.pop(request.rid, None)
+        for worker_id in (request.prefill, request.decode):
+            worker = self.pool.workers.get(worker_id)
+            if worker is not None and worker.forget(request.attempt, now) and worker_id != gone:
+                self.actions.append(ev.SendCancel(worker_id, request.attempt, request.suspect))
+        self.room_changed = True
+
+    def check_integrity(self) -> None:
+        """Every booking belongs to a live attempt and every live attempt is booked, or AssertionError."""
+        self.index.check_integrity()
+        for worker in self.pool.workers.values():
+            worker.check_integrity()
+            for attempt, rid in worker.attempts.items():
+                request = self.by_attempt.get(attempt)
+                assert request is not None, f"{worker.name} holds dead attempt {attempt}"
+                assert request.rid == rid, f"{worker.name} has attempt {attempt} for another request"
+                assert worker.id in (request.prefill, request.decode), f"{worker.name} has no part in {attempt}"
+        for attempt, request in self.by_attempt.items():
+            assert request.attempt == attempt
+            assert not request.over
+            assert self.requests.get(request.rid) is request
+        for rid, request in self.unhomed.items():
+            assert request.decode == NOBODY, f"request {rid} has a decode worker"
+            assert self.by_attempt.get(request.attempt) is request, f"request {rid} waits, but is over"
+        for request in self.requests.values():
+            assert (request.attempt == 0) == (request.phase == Phase.QUEUED), f"request {request.rid} lost its way"

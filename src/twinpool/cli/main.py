@@ -1,0 +1,43 @@
+"""The commands of ``twinpool``, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from twinpool import __version__
+from twinpool.cli import bench, cluster, configs, demo, generate, process, status
+
+app = typer.Typer(
+    name="twinpool",
+    help="Serves a language model from a prefill pool and a decode pool of workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+VersionOption = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and exit.")]
+
+
+@app.callback()
+def root(version: VersionOption = False) -> None:
+    """Serves a language model from a prefill pool and a decode pool of workers."""
+
+
+app.command("up")(cluster.up)
+app.command("demo")(demo.demo)
+app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
+app.command("status")(status.status)
+app.add_typer(configs.app, name="config")
+app.command("router")(process.router)
+app.command("worker")(process.worker)

@@ -1,0 +1,189 @@
+"""The core under chaos: whatever workers and clients do, every request ends once, soon, and nothing is left behind."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from tests.router.fake_cluster import FakeCluster
+from tests.router.fake_worker import BLOCK, FakeWorker, request_of, worker_up
+
+from twinpool.router import events as ev
+from twinpool.router.policy import LeastSeconds
+from twinpool.router.request import Request
+from twinpool.router.state import Limits
+
+IDS = st.integers(0, 5)
+GAPS = st.sampled_from([0.0, 0.0005, 0.003, 0.011, 0.025, 0.05, 0.4])
+PICK = st.integers(0, 1 << 16)
+ROLES = st.sampled_from([("prefill",), ("decode",), ("prefill", "decode")])
+BLOCKS = st.sampled_from([9, 24, 64])
+FAULTS = st.sampled_from(["no_room", "mute", "bad_pull"])
+RECOVERY_S = 60.0  # far more than all requests of a run take one after another
+LATE = (ev.Reserved, ev.NoRoom, ev.Progressed, ev.BlocksReady, ev.BlocksVerified, ev.BlocksBad, ev.Emitted, ev.Ended)
+
+
+class CoreMachine(RuleBasedStateMachine):
+    """Clients, workers and faults in any order; ``FakeCluster`` checks after every event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cluster = FakeCluster()
+        self.rid = 0
+
+    @initialize(
+        paths=st.sampled_from(["auto", "split", "local"]),
+        max_queue=st.sampled_from([2, 100]),
+        held=st.integers(0, 3),
+        blocks=st.tuples(BLOCKS, BLOCKS),
+    )
+    def start(self, paths: str, max_queue: int, held: int, blocks: tuple[int, int]) -> None:
+        self.cluster = FakeCluster(LeastSeconds(paths), Limits(max_queue=max_queue))
+        self.cluster.held = held
+        self.cluster.join(worker_up(0, "prefill", blocks=blocks[0]))
+        self.cluster.join(worker_up(1, "decode", blocks=blocks[1], max_batch=2))
+
+    def teardown(self) -> None:
+        """The chaos stops and both pools have workers."""
+        cluster = self.cluster
+        cluster.faults = dict.fromkeys(cluster.faults, 0)
+        for worker in cluster.workers.values():
+            worker.latency_s = 0.001
+        cluster.join(worker_up(100, "prefill"))
+        cluster.join(worker_up(101, "decode"))
+        cluster.run_until_ended(RECOVERY_S)
+        cluster.run(2.0)
+        cluster.check_empty()
+        assert not cluster.expired, "a lease ran out that the core should have renewed"
+
+    def worker(self, pick: int) -> FakeWorker:
+        workers = list(self.cluster.workers.values())
+        return workers[pick % len(workers)]
+
+    def running(self) -> list[Request]:
+        return list(self.cluster.core.state.requests.values())
+
+    # --- clients ----------
+
+    @rule(
+        prompt=st.integers(1, 80), output=st.integers(1, 12), ttft_s=st.sampled_from([0.0, 0.05, 1.0]),
+        itl_s=st.sampled_from([0.005, 0.02, 0.1]), give_up_s=st.sampled_from([0.02, 3.0, 1e9]),
+        queue_s=st.sampled_from([0.0, 0.5, 1e9]), resumed=st.integers(0, 3), stop=st.integers(1, 20),
+    )  # fmt: skip
+    def submit(
+        self,
+        prompt: int,
+        output: int,
+        ttft_s: float,
+        itl_s: float,
+        give_up_s: float,
+        queue_s: float,
+        resumed: int,
+        stop: int,
+    ) -> None:
+        self.rid += 1
+        self.cluster.stops[self.rid] = resumed + stop
+        now = self.cluster.now
+        request = request_of(
+            self.rid, prompt, resumed + output, ttft_s=ttft_s, itl_s=itl_s, resumed=resumed,
+            give_up=now + give_up_s, queue_until=now + queue_s,
+        )  # fmt: skip
+        self.cluster.submit(request)
+
+    @rule(count=st.integers(2, 6), prompt=st.integers(5, 30), output=st.integers(2, 8), wait_s=GAPS)
+    def burst(self, count: int, prompt: int, output: int, wait_s: float) -> None:
+        """Some alike at once, as only many at once fill a queue and memory."""
+        for _ in range(count):
+            self.rid += 1
+            self.cluster.submit(request_of(self.rid, prompt, output))
+        self.cluster.run(wait_s)
+
+    @rule(pick=PICK)
+    def cancel(self, pick: int) -> None:
+        self.cluster.deliver(ev.Cancel(pick % (self.rid + 2)))
+
+    # --- workers ----------
+
+    @rule(worker=IDS, roles=ROLES, blocks=BLOCKS, max_batch=st.integers(1, 4))
+    def join(self, worker: int, roles: tuple[str, ...], blocks: int, max_batch: int) -> None:
+        if worker not in self.cluster.workers:
+            self.cluster.join(worker_up(worker, *roles, blocks=blocks, max_batch=max_batch))
+
+    @precondition(lambda self: self.cluster.workers)
+    @rule(pick=PICK)
+    def kill(self, pick: int) -> None:
+        self.cluster.kill(self.worker(pick).up.worker)
+
+    @precondition(lambda self: self.cluster.workers)
+    @rule(pick=PICK)
+    def drain(self, pick: int) -> None:
+        self.cluster.deliver(ev.WorkerDraining(self.worker(pick).up.worker))
+
+    @precondition(lambda self: self.cluster.workers)
+    @rule(pick=PICK, roles=ROLES)
+    def change_roles(self, pick: int, roles: tuple[str, ...]) -> None:
+        self.cluster.deliver(ev.RolesSet(self.worker(pick).up.worker, roles))
+
+    @precondition(lambda self: self.cluster.workers)
+    @rule(pick=PICK, latency_s=st.sampled_from([0.0, 0.001, 0.3, 1.2]))
+    def slow_down(self, pick: int, latency_s: float) -> None:
+        self.worker(pick).latency_s = latency_s
+
+    @rule(fault=FAULTS, count=st.integers(1, 5))
+    def go_wrong(self, fault: str, count: int) -> None:
+        self.cluster.faults[fault] += count
+
+    @precondition(lambda self: any(worker.jobs for worker in self.cluster.workers.values()))
+    @rule(pick=PICK, fault=st.booleans())
+    def give_up(self, pick: int, fault: bool) -> None:
+        """A worker preempts an attempt, or cannot compute it."""
+        pairs = [(worker, attempt) for worker in self.cluster.workers.values() for attempt in worker.jobs]
+        worker, attempt = pairs[pick % len(pairs)]
+        worker.lose(attempt, "ENGINE" if fault else "preempted", counts=fault)
+
+    @precondition(lambda self: self.cluster.workers)
+    @rule(pick=PICK, hashes=st.lists(st.integers(0, 9), max_size=3), reset=st.booleans())
+    def cache(self, pick: int, hashes: list[int], reset: bool) -> None:
+        self.cluster.deliver(ev.KvChanged(self.worker(pick).up.worker, hashes, [], reset))
+
+    @precondition(lambda self: self.cluster.heard)
+    @rule(pick=PICK)
+    def speak_late(self, pick: int) -> None:
+        """Once more a word about an attempt that is over by now, also of workers that are gone."""
+        event = self.cluster.heard[pick % len(self.cluster.heard)]
+        if isinstance(event, LATE) and event.attempt not in self.cluster.core.state.by_attempt:
+            before = self.cluster.core.state.next_attempt
+            self.cluster.deliver(event)
+            assert self.cluster.core.state.next_attempt == before, "a late word must change nothing"
+
+    # --- time ----------
+
+    @rule(seconds=GAPS)
+    def wait(self, seconds: float) -> None:
+        self.cluster.run(seconds)
+
+    @rule(seconds=st.sampled_from([2.0, 5.0, 12.0]))
+    def wait_long(self, seconds: float) -> None:
+        self.cluster.run(seconds)
+
+
+def run_machine(examples: int) -> None:
+    machine = CoreMachine.TestCase
+    machine.settings = settings(
+        max_examples=examples, stateful_step_count=40, deadline=None, derandomize=examples < 500
+    )
+    machine().runTest()
+
+
+def test_chaos() -> None:
+    run_machine(250)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_much_chaos() -> None:
+    run_machine(1500)
+
+
+assert 0.97 * 64 * BLOCK > 80 + 3 + 12, "the largest request must fit the workers of the recovery"

@@ -1,0 +1,76 @@
+"""The chunk budget: block boundaries, the ITL of who decodes, and the floor of one block."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from twinpool.cost import LLAMA_8B_H100_TP1, LLAMA_70B_H100_TP4, StepCost
+from twinpool.workers.chunks import ITL_SHARE, plan_chunks
+from twinpool.workers.sequence import Mode, Sequence
+
+SIZE = 4
+COST = StepCost(c0=0.0, a=1e-3, b=0.0, d0=2e-3, d1=1e-4, d2=0.0)  # a token a millisecond, from two on
+
+
+def prompt(length: int, computed: int = 0) -> Sequence:
+    sequence = Sequence(0, length, [], Mode.PREFILL, 1.0)
+    sequence.computed = computed
+    return sequence
+
+
+def decoding(itl_s: float, length: int = 100) -> Sequence:
+    return Sequence(0, length, [], Mode.DECODE, itl_s)
+
+
+def chunks(
+    prompts: list[Sequence], decodes: list[Sequence], tokens: int = 64, cost: StepCost = COST
+) -> list[tuple[int, int, bool]]:
+    """(start, count, last) of each chunk."""
+    return [(c.start, c.count, c.last) for c in plan_chunks(prompts, decodes, cost, tokens, SIZE)]
+
+
+def test_alone_prompts_take_the_whole_budget_in_order() -> None:
+    assert chunks([prompt(6), prompt(5), prompt(9), prompt(2)], [], 16) == [(0, 6, True), (0, 5, True), (0, 4, False)]
+
+
+def test_a_prompt_goes_on_where_it_stopped() -> None:
+    assert chunks([prompt(30, computed=8)], [], 16) == [(8, 16, False)]
+    assert chunks([prompt(30, computed=24)], [], 16) == [(24, 6, True)]
+
+
+def test_a_budget_below_a_block_still_computes_one() -> None:
+    assert chunks([prompt(6), prompt(3)], [], 2) == [(0, 4, False)]
+
+
+def test_chunks_leave_the_tightest_itl() -> None:
+    assert chunks([prompt(40)], [decoding(0.020), decoding(0.040)]) == [(0, 16, False)]  # 18 ms, 2 for the batch
+
+
+def test_later_chunks_get_what_the_earlier_leave() -> None:
+    assert chunks([prompt(7), prompt(20)], [decoding(0.020)]) == [(0, 7, True), (0, 8, False)]  # of 17 tokens
+
+
+def test_one_block_is_always_computed() -> None:
+    late = [decoding(0.001)]
+    assert chunks([prompt(6), prompt(2)], late) == [(0, 4, False)]
+    assert chunks([prompt(6, computed=4), prompt(2)], late) == [(4, 2, True)]
+
+
+def test_no_itl_slo_bounds_nothing() -> None:
+    assert chunks([prompt(20)], [decoding(math.inf)], 16) == [(0, 16, False)]
+
+
+@pytest.mark.parametrize("cost", [LLAMA_70B_H100_TP4, LLAMA_8B_H100_TP1])
+@pytest.mark.parametrize("computed", [0, 50_000])
+def test_on_a_real_profile_a_step_fills_its_share_and_no_more(cost: StepCost, computed: int) -> None:
+    decodes = [decoding(0.050, 2_000) for _ in range(24)]
+    prompts = [prompt(computed + 200, computed), prompt(computed + 100_000, computed)]
+    planned = plan_chunks(prompts, decodes, cost, 1 << 20, SIZE)
+    assert len(planned) == 2
+
+    def seconds(more: int) -> float:
+        return cost.step([(200, computed), (planned[1].count + more, computed)], 24, 48_000)
+
+    assert seconds(0) <= ITL_SHARE * 0.050 < seconds(SIZE)

@@ -1,0 +1,157 @@
+"""A worker process: load the model, allocate KV, dial the router, serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import time
+
+import msgspec
+import torch
+
+from twinpool.config import ClusterConfig
+from twinpool.proto import frames
+from twinpool.tokenizer import load_tokenizer
+from twinpool.workers.blocks import BlockPool
+from twinpool.workers.build import Machine, build
+from twinpool.workers.link import RouterLink, connect
+from twinpool.workers.scheduler import Scheduler
+from twinpool.workers.transfer.service import KVService, TransferConfig
+from twinpool.workers.worker import Parts, Worker
+
+log = logging.getLogger("twinpool.worker")
+
+ROLES = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}
+BACKENDS = {"cpu": ("shm", "tcp", "gloo"), "cuda": ("nccl", "tcp")}
+
+
+async def serve(config: ClusterConfig, *, role: str, name: str, join: str, token: str, stop: asyncio.Event) -> None:
+    """Serve as ``name`` in the pool(s) of ``role`` for the router at ``join`` until ``stop``, then drain.
+
+    Raises ConfigError for anything the operator must mend: model, memory, addresses, or a router that refuses us.
+    """
+    tokenizer = load_tokenizer(None if config.model.path is None else str(config.model.path))
+    machine = await build(config, tokenizer)
+    epoch = time.time_ns()
+    transfer = KVService(machine.pool, _transfer_config(config), name, epoch)
+    try:
+        await transfer.start()
+        blocks = machine.pool.blocks
+        books = BlockPool(blocks, machine.engine.info.block_size)
+        scheduler = Scheduler(books, machine.cost, config.worker.chunk_tokens, config.worker.max_batch)
+        hello = _hello(config, machine, transfer, role, name, token, epoch)
+        parts = Parts(machine.engine, scheduler, machine.pool, transfer, tokenizer)
+        await _live(parts, hello, join, stop)
+    finally:
+        await transfer.close()
+        machine.engine.close()
+
+
+def _transfer_config(config: ClusterConfig) -> TransferConfig:
+    device = config.worker.device.partition(":")[0]
+    wanted = config.transfer.backend
+    backends = BACKENDS[device] if wanted == "auto" else (wanted,)
+    return TransferConfig(backends=backends, listen=config.transfer.listen)
+
+
+def _hello(
+    config: ClusterConfig, machine: Machine, transfer: KVService, role: str, name: str, token: str, epoch: int
+) -> frames.Hello:
+    info = machine.engine.info
+    return frames.Hello(
+        version=frames.VERSION,
+        worker=name,
+        epoch=epoch,
+        token=token,
+        roles=ROLES[role],
+        model=frames.Model(
+            name=config.model.name or info.name,
+            fingerprint=info.fingerprint,
+            dtype=info.dtype,
+            layout=info.layout,
+            block_size=info.block_size,
+            block_bytes=info.block_bytes,
+            vocab_size=info.vocab_size,
+            max_context=min(info.max_context, frames.MAX_CONTEXT),
+            eos_ids=info.eos_ids,
+        ),
+        blocks=machine.pool.blocks,
+        device=_device_name(config),
+        cost=machine.cost,
+        chunk_tokens=config.worker.chunk_tokens,
+        max_batch=config.worker.max_batch,
+        kv_addresses=transfer.addresses,
+        kv_secret=transfer.secret,
+        pid=os.getpid(),
+    )
+
+
+def _device_name(config: ClusterConfig) -> str:
+    """Model of the GPU or CPU, with the threads that compute; "emulated" where nothing does."""
+    if config.worker.engine == "emulated":
+        return "emulated"
+    if config.worker.device.startswith("cuda"):
+        return torch.cuda.get_device_name(config.worker.device)
+    return f"{platform.machine()} CPU, {config.worker.threads} thread(s)"
+
+
+class _Wire:
+    """The link of the moment; frames for none are dropped."""
+
+    def __init__(self) -> None:
+        self.link: RouterLink | None = None
+
+    def joined(self, link: RouterLink) -> None:
+        self.link = link
+
+    def send(self, frame: frames.Frame) -> None:
+        if self.link is not None:
+            self.link.send(frame)
+
+    def flush(self) -> None:
+        if self.link is not None:
+            self.link.flush()
+
+
+async def _live(parts: Parts, hello: frames.Hello, join: str, stop: asyncio.Event) -> None:
+    """Dial, serve, dial again when the router is gone; on ``stop``, or drained by the router, leave in good order."""
+    wire = _Wire()
+    worker = Worker(parts, wire.send, wire.flush)
+    steps = asyncio.create_task(worker.run(), name="steps")
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    drained = asyncio.create_task(worker.drained.wait(), name="drained")
+    try:
+        while not (stopping.done() or drained.done()):
+            now = msgspec.structs.replace(hello, roles=worker.roles or hello.roles)
+            dialling = asyncio.create_task(connect(join, now, worker.take, wire.joined))
+            await asyncio.wait((dialling, stopping, steps), return_when=asyncio.FIRST_COMPLETED)
+            if not dialling.done():
+                dialling.cancel()
+                break
+            link = dialling.result()
+            log.info("joined the router at %s as %s", join, hello.worker)
+            await asyncio.wait((link.closed, stopping, drained, steps), return_when=asyncio.FIRST_COMPLETED)
+            if (stopping.done() or drained.done()) and not link.closed.done():
+                await _leave(worker, wire, link, steps)
+            worker.reset()
+            if steps.done():
+                break
+        if steps.done():
+            steps.result()  # whatever ended it
+    finally:
+        for task in (steps, stopping, drained):
+            task.cancel()
+        await asyncio.gather(steps, stopping, drained, return_exceptions=True)
+
+
+async def _leave(worker: Worker, wire: _Wire, link: RouterLink, steps: asyncio.Task[None]) -> None:
+    """Ask for no more work, finish what runs, say goodbye."""
+    wire.send(frames.Leaving(reason="stopped"))
+    drained = asyncio.create_task(worker.drained.wait())
+    await asyncio.wait((drained, link.closed, steps), return_when=asyncio.FIRST_COMPLETED)
+    drained.cancel()
+    wire.send(frames.Goodbye(reason="drained"))
+    link.close()
+    await asyncio.wait((link.closed,), timeout=1.0)
