@@ -58,6 +58,8 @@ async def test_a_call_that_just_ended_is_not_an_incident(caplog: pytest.LogCaptu
     """The caller's deadline can end a call between our noticing it and our status being sent."""
 
     class Slow(inference_pb2_grpc.InferenceServicer):
+        Cancel = GetModel = None  # type: ignore[assignment]
+
         async def Generate(self, request: Any, context: Any) -> Any:
             time.sleep(0.4)  # noqa: ASYNC251 the event loop cannot hear of the call's end meanwhile
             raise errors.DeadlineExceeded("the caller's deadline passed")
