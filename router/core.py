@@ -13,13 +13,14 @@ from typing import Any
 
 from twinpool.router import events as ev
 from twinpool.router.attempt import Attempts
-from twinpool.router.policy.base import NOBODY, Policy
+from twinpool.router.policy.base import NOBODY, Placement, Policy, Refusal
 from twinpool.router.pool import MEMORY_LIMIT, Worker
 from twinpool.router.request import Phase, Request
 from twinpool.router.state import Limits, State
 
 UNLOADED_CHUNK = 2048  # tokens a step of the prefill that the TTFT SLO is measured in
 RENEWALS_PER_LEASE = 3
+MIN_TICK_S = 0.001  # between two looks at a worker that is later than predicted
 
 
 class Core:
@@ -31,6 +32,7 @@ class Core:
         self.attempts = Attempts(self.state)
         self._short_since: dict[str, float] = {"prefill": 0.0, "decode": 0.0}  # since when a pool has been empty
         self._renew_at = math.inf
+        self._room_at = math.inf  # when a worker is predicted to have room for the head of the queue
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             ev.Submit: self._submit, ev.Cancel: self._cancel, ev.Tick: self._tick,
             ev.WorkerUp: self._worker_up, ev.WorkerLost: self._worker_lost, ev.WorkerDraining: self._worker_draining,
@@ -46,18 +48,25 @@ class Core:
         state = self.state
         state.actions = []
         self._handlers[type(event)](event, now)
-        while state.room_changed:
-            state.room_changed = False
-            self._find_decoders(now)
-            self._place_waiting(now)
+        if state.room_changed:
+            self._use_room(now)
         return state.actions
 
-    def next_tick(self, now: float) -> float:
+    def next_tick(self) -> float:
         """When a Tick is wanted next; infinity if nothing waits for time."""
-        when = min(self.state.timers[0][0] if self.state.timers else math.inf, self._renew_at)
-        if len(self.state.queue):
-            when = min(when, self.policy.next_room(self.state.view(), now))
-        return when
+        return min(self.state.next_timer(), self._renew_at, self._room_at)
+
+    def _use_room(self, now: float) -> None:
+        state = self.state
+        while state.room_changed:
+            state.room_changed = False
+            if state.unhomed:
+                self._find_decoders(now)
+            if self.policy.early:
+                self._send_bound(now)
+            if state.queue:
+                self._place_waiting(now)
+        self._room_at = max(self.policy.next_room(state.view(), now), now + MIN_TICK_S) if state.queue else math.inf
 
     # --- requests ----------
 
@@ -76,11 +85,13 @@ class Core:
                 state.wake_at(moment, request)
 
     def _unloaded_prefill(self, request: Request) -> float:
-        costs = [worker.cost for worker in self.state.pool.workers.values()]
-        return min((cost.prefill(request.prompt_len, 0, UNLOADED_CHUNK) for cost in costs), default=0.0)
+        costs = self.state.pool.costs
+        return min([cost.prefill(request.prompt_len, 0, UNLOADED_CHUNK) for cost in costs], default=0.0)
 
     def _never_fits(self, request: Request) -> str | None:
         """Why no workers like those connected could ever serve the request; None if some could."""
+        if request.length + request.left <= self.state.pool.common_room:
+            return None
         problem = None
         for way in self._ways(request):
             problem = next(filter(None, (self._too_small(request, role) for role in way)), None)
@@ -110,22 +121,51 @@ class Core:
     # --- placing ----------
 
     def _place_waiting(self, now: float) -> None:
-        view = self.state.view()
-        while (request := self.state.queue.head()) is not None:
+        state = self.state
+        view = state.view()
+        while (request := state.queue.head()) is not None:
             if self._refuse_hopeless(request, now):
                 continue
             placement = self.policy.on_room(request, view, now)
             if placement is None:
                 return
-            self.state.queue.remove(request)
-            self.attempts.start(request, placement, now)
-            self._renew_at = min(self._renew_at, now + self._renew_every)
+            if isinstance(placement, Refusal):
+                state.refuse(request, "RESOURCE_EXHAUSTED", "POLICY", placement.message, now, placement.retry_s)
+                continue
+            state.queue.remove(request)
+            if self.policy.early:
+                state.bind(request, placement)
+                self._send_bound_of(state.pool.workers[placement.prefill], now)
+            else:
+                self._start(request, placement, now)
+
+    def _start(self, request: Request, placement: Placement, now: float) -> None:
+        self.attempts.start(request, placement, now)
+        self._renew_at = min(self._renew_at, now + self._renew_every)
+
+    def _send_bound(self, now: float) -> None:
+        for worker in self.state.pool.workers.values():
+            if worker.bound:
+                self._send_bound_of(worker, now)
+
+    def _send_bound_of(self, worker: Worker, now: float) -> None:
+        """First come, first served, as far as memory goes."""
+        while worker.bound:
+            request, placement, _ = worker.bound[0]
+            output = self.state.expected_output(request) if placement.local else 0
+            if not worker.fits(request.length + output):
+                return
+            self.state.unbind(request)
+            decode = self.state.pool.workers.get(placement.decode)
+            if decode is not None and not decode.fits(request.length + self.state.expected_output(request)):
+                decode = None
+            if decode is None and not placement.local:
+                placement = placement._replace(decode=NOBODY)  # found again when it has room
+            self._start(request, placement, now)
 
     def _find_decoders(self, now: float) -> None:
         """Give KV that waits at its prefill worker a decode worker, in order of deadline."""
         unhomed = self.state.unhomed
-        if not unhomed:
-            return
         view = self.state.view()
         for request in sorted(unhomed.values(), key=lambda r: (r.deadline, r.rid)):
             decode = self.policy.decode_for(request, view, now)
@@ -144,11 +184,14 @@ class Core:
         self._roles_changed(now)
 
     def _worker_lost(self, event: ev.WorkerLost, now: float) -> None:
-        worker = self.state.pool.workers.pop(event.worker, None)
+        worker = self.state.pool.remove(event.worker)
         if worker is None:
             return
         self.state.index.forget(event.worker)
         self._roles_changed(now)
+        for bound in list(worker.bound):
+            self.state.enqueue(bound.request, now)
+        worker.bound.clear()
         for rid in list(worker.attempts.values()):
             self.state.lose(self.state.requests[rid], f"worker {worker.name} died", now, gone=event.worker)
 
@@ -161,13 +204,15 @@ class Core:
         self._roles_changed(now)
 
     def _roles_changed(self, now: float) -> None:
+        self.state.pool.sort()
         for role in self._short_since:
             if self.state.pool.has(role):
                 self._short_since[role] = math.inf
             elif self._short_since[role] == math.inf:
                 self._short_since[role] = now
-        for request in (*self.state.queue, *self.state.unhomed.values()):
-            self.state.wake_at(now + self.state.limits.no_worker_wait_s, request)
+        for request in self.state.requests.values():
+            if request.attempt == 0 or request.rid in self.state.unhomed:
+                self.state.wake_at(now + self.state.limits.no_worker_wait_s, request)
         self.state.room_changed = True
 
     def _refuse_hopeless(self, request: Request, now: float) -> bool:

@@ -180,7 +180,7 @@ class Dispatcher:
         self._arm(now)
 
     def _arm(self, now: float) -> None:
-        when = self.core.next_tick(now)
+        when = self.core.next_tick()
         if when == self._tick_at:
             return
         if self._timer is not None:
@@ -188,7 +188,7 @@ class Dispatcher:
             self._timer = None
         self._tick_at = when
         if when < math.inf:
-            self._timer = self._loop.call_later(max(when - now, 0.001), self._tick)
+            self._timer = self._loop.call_later(max(when - now, 0.0), self._tick)
 
     def _tick(self) -> None:
         self._timer, self._tick_at = None, math.inf

@@ -42,6 +42,7 @@ class WorkerUp:
     cost: StepCost
     chunk_tokens: int
     max_batch: int
+    index_tokens: int = 0  # prompt tokens that one hash of a request stands for; 0: block_size
 
 
 @dataclass(slots=True)

@@ -7,13 +7,16 @@ reports. Reports only correct what cannot be booked (free blocks, running batch)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import deque
 
+from twinpool.cost import StepCost
 from twinpool.router.events import WorkerUp
+from twinpool.router.request import Bound
 
 PROBE_TOKENS = 512  # by which two measurements of one device are compared
 PACE_WEIGHT = 0.1  # of a new observation
 OUTLIER = 4.0
+ROUNDING = 1e-9  # seconds
 MEMORY_LIMIT = 0.97  # share of a worker's KV tokens that may be booked
 
 
@@ -50,17 +53,20 @@ class Worker:
     """One worker. ``booked`` counts KV tokens promised to attempts, whatever the worker has allocated so far."""
 
     __slots__ = (
-        "attempts", "block_bytes", "block_size", "blocks", "booked", "chunk_tokens", "context", "cost",
-        "decodes", "device", "draining", "full", "held", "id", "itl_s", "max_batch", "name", "pace", "prefills",
-        "roles", "since",
+        "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "capacity", "chunk_tokens", "context",
+        "cost", "decodes", "device", "draining", "full", "held", "id", "index_tokens", "itl_s", "limit", "max_batch",
+        "name", "pace", "pending", "prefills", "roles", "since", "slos", "work_s",
     )  # fmt: skip
 
     def __init__(self, up: WorkerUp) -> None:
         self.id = up.worker
         self.name = up.name
         self.roles = up.roles
+        self.index_tokens = up.index_tokens or up.block_size
         self.blocks = up.blocks
         self.block_size = up.block_size
+        self.capacity = up.blocks * up.block_size  # KV tokens
+        self.limit = MEMORY_LIMIT * self.capacity  # of them, what may be booked
         self.block_bytes = up.block_bytes
         self.device = up.device
         self.cost = up.cost
@@ -70,6 +76,9 @@ class Worker:
         self.draining = False
         self.full = False  # it said NoRoom: nothing new until it reports
         self.prefills: dict[int, Commitment] = {}  # attempt -> work, in commit order
+        self.work_s = 0.0  # the sum of their seconds
+        self.pending = 0  # uncached prompt tokens committed or bound here and not computed, by prediction
+        self.bound: deque[Bound] = deque()  # placed here, not sent yet: no memory for it (early binding only)
         self.decodes: dict[int, int] = {}  # attempt -> context tokens when it joined
         self.held: dict[int, int] = {}  # attempt -> booked KV tokens
         self.attempts: dict[int, int] = {}  # attempt -> rid, everything this worker has to do with
@@ -77,11 +86,7 @@ class Worker:
         self.context = 0
         self.since = 0.0  # when the first of ``prefills`` was last known to have ``seconds`` left
         self.itl_s: dict[int, float] = {}  # attempt -> SLO of a decoding sequence
-
-    @property
-    def capacity(self) -> int:
-        """KV tokens."""
-        return self.blocks * self.block_size
+        self.slos: dict[float, int] = {}  # how many of them have which
 
     @property
     def batch(self) -> int:
@@ -114,42 +119,57 @@ class Worker:
         """When the committed prefill work is predicted to end; ``now`` if there is none."""
         if not self.prefills:
             return now
-        total = sum(work.seconds for work in self.prefills.values())
-        head = next(iter(self.prefills.values()))
-        return now + max(0.0, total - min(max(0.0, now - self.since), head.seconds))
+        gone = now - self.since
+        for head in self.prefills.values():
+            if gone > head.seconds:
+                gone = head.seconds
+            break
+        left = self.work_s - gone
+        return now + left if left > 0.0 else now
 
     def free_within(self, horizon: float) -> float:
         """When, without news, ``free_at`` comes within ``horizon`` seconds; infinity if only news can bring that.
 
         Unlike ``free_at`` this does not move while work takes longer than predicted.
         """
-        first, *others = [work.seconds for work in self.prefills.values()] or [math.inf]
-        rest = sum(others)
-        return self.since + first + rest - horizon if rest <= horizon else math.inf
+        for head in self.prefills.values():
+            rest = self.work_s - head.seconds
+            return self.since + self.work_s - horizon if rest <= horizon + ROUNDING else math.inf
+        return math.inf
 
     def commit_prefill(self, attempt: int, seconds: float, tokens: int, cached: int, now: float) -> None:
         """Predicted work of one prompt joins the end of the line."""
         if not self.prefills:
             self.since = now
         self.prefills[attempt] = Commitment(seconds, tokens, cached)
+        self.work_s += seconds
+        self.pending += tokens
 
     def progress(self, attempt: int, left: int, cached: int, now: float) -> None:
         """The worker reports ``left`` uncached tokens of a prompt."""
         work = self.prefills.get(attempt)
         if work is not None:
+            self.pending += left - work.tokens
             work.tokens = left
             work.cached = cached
+            self.work_s -= work.seconds
             work.seconds = self.prefill_s(left, cached)
+            self.work_s += work.seconds
             if attempt == next(iter(self.prefills)):
                 self.since = now
 
     def end_prefill(self, attempt: int, now: float) -> None:
         """The prompt is computed, or nobody wants it any more. Idempotent."""
-        if attempt not in self.prefills:
+        work = self.prefills.get(attempt)
+        if work is None:
             return
-        if attempt == next(iter(self.prefills)):
-            self.since = now
+        for head in self.prefills:
+            if head == attempt:
+                self.since = now
+            break
         del self.prefills[attempt]
+        self.pending -= work.tokens
+        self.work_s = self.work_s - work.seconds if self.prefills else 0.0  # no error outlives a quiet moment
 
     def book(self, attempt: int, rid: int, tokens: int) -> None:
         """Promise KV room for an attempt; replaces an earlier promise to the same one."""
@@ -162,6 +182,7 @@ class Worker:
         self.decodes[attempt] = context
         self.context += context
         self.itl_s[attempt] = itl_s
+        self.slos[itl_s] = self.slos.get(itl_s, 0) + 1
 
     def forget(self, attempt: int, now: float) -> bool:
         """Drop everything of an attempt; whether there was anything. Idempotent."""
@@ -171,22 +192,36 @@ class Worker:
         context = self.decodes.pop(attempt, None)
         if context is not None:
             self.context -= context
-        self.itl_s.pop(attempt, None)
+            self._drop_slo(self.itl_s.pop(attempt))
         self.end_prefill(attempt, now)
         self.full = False
         return True
 
+    def _drop_slo(self, itl_s: float) -> None:
+        if self.slos[itl_s] == 1:
+            del self.slos[itl_s]
+        else:
+            self.slos[itl_s] -= 1
+
     def could_fit(self, tokens: int) -> bool:
         """Whether that many KV tokens could be booked if nothing else was."""
-        return tokens <= MEMORY_LIMIT * self.capacity
+        return tokens <= self.limit
 
     def fits(self, tokens: int) -> bool:
         """Whether that many more KV tokens may be booked."""
-        return not self.full and self.booked + tokens <= MEMORY_LIMIT * self.capacity
+        return not self.full and self.booked + tokens <= self.limit
 
     def tightest_itl(self, itl_s: float) -> float:
         """The smallest ITL SLO among the sequences here and ``itl_s``."""
-        return min(itl_s, min(self.itl_s.values(), default=itl_s))
+        for slo in self.slos:  # a handful of classes
+            if slo < itl_s:
+                itl_s = slo
+        return itl_s
+
+    @property
+    def active(self) -> int:
+        """Attempts that this worker has a part in, bound ones included."""
+        return len(self.attempts) + len(self.bound)
 
     def check_integrity(self) -> None:
         """Sums match their parts, or AssertionError."""
@@ -195,21 +230,28 @@ class Worker:
         keys = set(self.attempts)
         for table in (self.held, self.decodes, self.prefills, self.itl_s):
             assert set(table) <= keys, f"{self.name}: {set(table) - keys} without an attempt"
+        tokens = sum(work.tokens for work in self.prefills.values()) + sum(bound.tokens for bound in self.bound)
+        assert self.pending == tokens, f"{self.name}: {self.pending} tokens pending, {tokens} committed"
+        seconds = sum(work.seconds for work in self.prefills.values())
+        assert abs(self.work_s - seconds) < 1e-6, f"{self.name}: {self.work_s} s of work, {seconds} committed"
+        assert sum(self.slos.values()) == len(self.itl_s), f"{self.name}: {self.slos} for {len(self.itl_s)} sequences"
 
 
 class Pool:
-    """All workers of a cell, by id."""
+    """All workers of a cell. ``prefill`` and ``decode`` list those that may take new work, in order of id: borrowed."""
 
-    __slots__ = ("workers",)
+    __slots__ = ("common_room", "costs", "decode", "prefill", "workers")
 
     def __init__(self) -> None:
         self.workers: dict[int, Worker] = {}
+        self.prefill: list[Worker] = []
+        self.decode: list[Worker] = []
+        self.costs: list[StepCost] = []  # the different ones
+        self.common_room = 0  # KV tokens that the largest worker of each pool could book
 
-    def of(self, role: str) -> Iterator[Worker]:
-        """Workers of one pool that may take new work, in order of id."""
-        for _, worker in sorted(self.workers.items()):
-            if role in worker.roles and not worker.draining:
-                yield worker
+    def of(self, role: str) -> list[Worker]:
+        """The list of one role."""
+        return self.prefill if role == "prefill" else self.decode
 
     def add(self, worker: Worker) -> None:
         """A worker comes. Equal devices share one pace and the fastest measurement: noise only makes a step slower."""
@@ -218,10 +260,25 @@ class Pool:
         best = min((other.cost for other in alike), key=lambda cost: cost.prefill(PROBE_TOKENS, 0, PROBE_TOKENS))
         for other in alike:
             other.cost, other.pace = best, alike[0].pace
+        self.sort()
+
+    def remove(self, worker: int) -> Worker | None:
+        """Take a worker out; None if it is not there."""
+        gone = self.workers.pop(worker, None)
+        self.sort()
+        return gone
+
+    def sort(self) -> None:
+        """Roles changed, or a worker drains."""
+        ready = [worker for _, worker in sorted(self.workers.items()) if not worker.draining]
+        self.prefill = [worker for worker in ready if "prefill" in worker.roles]
+        self.decode = [worker for worker in ready if "decode" in worker.roles]
+        self.costs = list({id(worker.cost): worker.cost for worker in self.workers.values()}.values())
+        self.common_room = int(MEMORY_LIMIT * min(self.largest("prefill"), self.largest("decode")))
 
     def has(self, role: str) -> bool:
         """Whether any worker of that pool may take new work."""
-        return any(True for _ in self.of(role))
+        return bool(self.of(role))
 
     def largest(self, role: str) -> int:
         """KV tokens of the largest worker of a pool; 0 without one."""

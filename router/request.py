@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class Phase(IntEnum):
@@ -45,11 +46,35 @@ class Ready:
 NOBODY = -1
 
 
+class Placement(NamedTuple):
+    """Where one request goes. ``decode`` = NOBODY: found later, or not needed (see ``path``)."""
+
+    prefill: int
+    decode: int
+    path: str  # split | local
+    reason: str  # for people: why this path and these workers
+    cached: int  # prompt tokens predicted to be cached at ``prefill``
+    seconds: float  # predicted prefill work
+
+    @property
+    def local(self) -> bool:
+        """One worker does both."""
+        return self.path == "local"
+
+
+class Bound(NamedTuple):
+    """A placed request that its prefill worker has no memory for yet (policies that bind at arrival)."""
+
+    request: Request
+    placement: Placement
+    tokens: int  # uncached, by prediction
+
+
 class Request:
     """State of one request in the core. Times in seconds of the driver's clock; a stamp of -1 did not happen."""
 
     __slots__ = (
-        "arrival", "attempt", "attempts", "backend", "cached", "compute_s", "deadline", "decode",
+        "arrival", "attempt", "attempts", "backend", "bound_to", "cached", "compute_s", "deadline", "decode",
         "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "finished_at", "first_at",
         "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "losses", "max_tokens", "path", "phase",
         "placed_at", "prefill", "prefill_done", "prefill_name", "prefill_started_at", "prompt_len",
@@ -101,6 +126,7 @@ class Request:
         self.kv_bytes = 0
         self.backend = ""
         self.cached = 0
+        self.bound_to = NOBODY  # the worker in whose ``bound`` it waits
         self.begin_attempt(0)
 
     def begin_attempt(self, attempt: int) -> None:

@@ -14,7 +14,7 @@ from twinpool.router.admission import Queue
 from twinpool.router.kv_index import KvIndex
 from twinpool.router.policy.base import View
 from twinpool.router.pool import Pool
-from twinpool.router.request import NOBODY, Phase, Request
+from twinpool.router.request import NOBODY, Bound, Phase, Placement, Request
 
 FORGETTING = 0.05  # weight of a new sample in the running means
 MIN_TIMERS = 1024
@@ -74,6 +74,17 @@ class State:
             heapq.heapify(self.timers)
             self.timer_limit = max(MIN_TIMERS, 2 * len(self.timers))
 
+    def next_timer(self) -> float:
+        """When the first request is to be looked at; timers whose reason is gone are dropped."""
+        timers = self.timers
+        while timers:
+            when, rid, attempt = timers[0]
+            request = self.requests.get(rid)
+            if request is not None and (attempt == 0 or (attempt == request.attempt and not request.reserved)):
+                return when
+            heapq.heappop(timers)
+        return math.inf
+
     def attempt_of(self, worker: int, attempt: int) -> Request | None:
         """The request of a live attempt that this worker is part of; None for a late word of a lost one."""
         request = self.by_attempt.get(attempt)
@@ -82,14 +93,40 @@ class State:
     def enqueue(self, request: Request, now: float) -> None:
         """QUEUED, first or again."""
         request.phase = Phase.QUEUED
+        request.bound_to = NOBODY
         self.queue.push(request)
-        self.wake_at(now + self.limits.no_worker_wait_s, request)
+        self._wake_if_short(request, now)
         self.room_changed = True
+
+    def bind(self, request: Request, placement: Placement) -> None:
+        """Out of the queue, to one worker's line: what binds at arrival is never placed again."""
+        worker = self.pool.workers[placement.prefill]
+        request.bound_to = worker.id
+        tokens = request.length - placement.cached
+        worker.bound.append(Bound(request, placement, tokens))
+        worker.pending += tokens
+
+    def unbind(self, request: Request) -> None:
+        """Out of its worker's line. Idempotent."""
+        worker = self.pool.workers.get(request.bound_to)
+        request.bound_to = NOBODY
+        if worker is None:
+            return
+        for bound in worker.bound:
+            if bound.request is request:
+                worker.bound.remove(bound)
+                worker.pending -= bound.tokens
+                return
+
+    def _wake_if_short(self, request: Request, now: float) -> None:
+        """A pool without workers is noticed after a while; ``core`` asks again when one becomes empty."""
+        if not (self.pool.prefill and self.pool.decode):
+            self.wake_at(now + self.limits.no_worker_wait_s, request)
 
     def unhome(self, request: Request, now: float) -> None:
         """Its KV waits at the prefill worker until a decode worker has room."""
         self.unhomed[request.rid] = request
-        self.wake_at(now + self.limits.no_worker_wait_s, request)
+        self._wake_if_short(request, now)
         self.room_changed = True
 
     def show(self, request: Request) -> None:
@@ -138,6 +175,8 @@ class State:
         request.finished_at = now
         if self.queue.remove(request):
             self.room_changed = True  # who stood behind it may be next
+        elif request.bound_to != NOBODY:
+            self.unbind(request)
         self._drop_attempt(request, now, NOBODY)
         del self.requests[request.rid]
 

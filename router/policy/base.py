@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from twinpool.router.kv_index import KvIndex
 from twinpool.router.pool import Pool
-from twinpool.router.request import NOBODY, Request
+from twinpool.router.request import NOBODY, Placement, Request
 
 
 @dataclass(slots=True)
@@ -23,28 +23,20 @@ class View:
     expected_output: int  # tokens, mean of what requests of this cell wrote lately
 
 
-class Placement(NamedTuple):
-    """Where one request goes. ``decode`` = NOBODY: found later, or not needed (see ``path``)."""
+class Refusal(NamedTuple):
+    """The policy will not serve the request."""
 
-    prefill: int
-    decode: int
-    path: str  # split | local
-    reason: str  # for people: why this path and these workers
-    cached: int  # prompt tokens predicted to be cached at ``prefill``
-    seconds: float  # predicted prefill work
-
-    @property
-    def local(self) -> bool:
-        """One worker does both."""
-        return self.path == "local"
+    message: str
+    retry_s: float
 
 
 class Policy(Protocol):
     """Decides for a cell."""
 
     name: str
+    early: bool  # binds at arrival: what it places is sent in order of arrival, as soon as its worker has memory
 
-    def on_room(self, request: Request, view: View, now: float) -> Placement | None:
+    def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | None:
         """Place the head of the queue; None = no worker has room now, ask again when something changes."""
         ...
 
@@ -61,4 +53,4 @@ class Policy(Protocol):
         ...
 
 
-__all__ = ["NOBODY", "Placement", "Policy", "View"]
+__all__ = ["NOBODY", "Placement", "Policy", "Refusal", "View"]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from twinpool.router.kv_index import Stair
 from twinpool.router.policy.base import NOBODY, Placement, View
-from twinpool.router.pool import MEMORY_LIMIT, Worker
+from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
 ITL_SHARE = 0.9  # of the ITL SLO that a step may take
@@ -36,22 +37,24 @@ class LeastSeconds:
     """See the module's docstring. ``paths``: "auto", or only "split" or "local"."""
 
     name = "least_seconds"
+    early = False
 
     def __init__(self, paths: str = "auto") -> None:
         self.paths = paths
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | None:
         """Earliest predicted first token over all candidates with room."""
-        split = self._best_split(request, view, now) if self.paths != "local" else None
-        local = self._best_local(request, view, now) if self.paths != "split" else None
-        if local is not None and self._prefer_local(request, split, local, view, now):
+        stairs = view.index.stairs(request.hashes) if request.hashes else []
+        split = self._best_split(request, stairs, view, now) if self.paths != "local" else None
+        local = self._best_local(request, stairs, view, now) if self.paths != "split" else None
+        if local is not None and self._prefer_local(request, stairs, split, local, view, now):
             return self._local(local, split, now)
         return None if split is None else self._split(request, split, view, now)
 
     def decode_for(self, request: Request, view: View, now: float) -> int:
         """Least max(ITL ratio, memory ratio) among workers where both stay in bounds; ties to the lower id."""
         best, best_score = NOBODY, math.inf
-        for worker in view.pool.of("decode"):
+        for worker in view.pool.decode:
             score = self._decode_score(worker, request, view)
             if score < best_score:
                 best, best_score = worker.id, score
@@ -66,43 +69,52 @@ class LeastSeconds:
     def next_room(self, view: View, now: float) -> float:
         """The first moment at which a busy worker comes within the commit horizon."""
         horizon = self._horizon(view)
-        moments = (worker.free_within(horizon) for worker in view.pool.workers.values())
-        return min((moment for moment in moments if moment > now), default=math.inf)
+        soonest = math.inf
+        for worker in view.pool.workers.values():
+            if worker.prefills:
+                moment = worker.free_within(horizon)
+                if now < moment < soonest:
+                    soonest = moment
+        return soonest
 
     # --- prefill ----------
 
-    def _best_split(self, request: Request, view: View, now: float) -> Candidate | None:
-        if request.left > 1 and not view.pool.has("decode"):
+    def _best_split(self, request: Request, stairs: list[Stair], view: View, now: float) -> Candidate | None:
+        if request.left > 1 and not view.pool.decode:
             return None
-        horizon = self._horizon(view)
+        limit = now + self._horizon(view) + CLOCK_ERROR
+        length = request.length
         best: Candidate | None = None
-        for worker in view.pool.of("prefill"):
+        for worker in view.pool.prefill:
             free_at = worker.free_at(now)
-            if free_at - now > horizon + CLOCK_ERROR or not worker.fits(request.length):
+            if free_at > limit or not worker.fits(length):
                 continue
-            cached = self._cached(worker, request, view)
-            seconds = worker.prefill_s(request.length - cached, cached)
-            candidate = Candidate(free_at + seconds, worker.id, cached, seconds)
-            if best is None or candidate < best:
-                best = candidate
+            cached = self._cached(worker, length, stairs)
+            seconds = worker.prefill_s(length - cached, cached)
+            if best is None or free_at + seconds < best.finish:
+                best = Candidate(free_at + seconds, worker.id, cached, seconds)
         return best
 
-    def _best_local(self, request: Request, view: View, now: float) -> Candidate | None:
+    def _best_local(self, request: Request, stairs: list[Stair], view: View, now: float) -> Candidate | None:
         best: Candidate | None = None
-        for worker in view.pool.of("decode"):
-            candidate = self._local_candidate(worker, request, view, now)
+        for worker in view.pool.decode:
+            if worker.prefills:
+                continue
+            candidate = self._local_candidate(worker, request, stairs, view, now)
             if candidate is not None and (best is None or candidate < best):
                 best = candidate
         return best
 
-    def _local_candidate(self, worker: Worker, request: Request, view: View, now: float) -> Candidate | None:
+    def _local_candidate(
+        self, worker: Worker, request: Request, stairs: list[Stair], view: View, now: float
+    ) -> Candidate | None:
         """A decode worker without prompt work whose ITL budget leaves a useful chunk."""
         need = request.length + min(request.left, view.expected_output)
-        if worker.prefills or not worker.fits(need) or worker.booked > LOCAL_MEMORY * worker.capacity:
+        if not worker.fits(need) or worker.booked > LOCAL_MEMORY * worker.capacity:
             return None
         if worker.batch >= worker.max_batch:
             return None
-        cached = self._cached(worker, request, view)
+        cached = self._cached(worker, request.length, stairs)
         left = request.length - cached
         if worker.batch == 0:
             seconds = worker.prefill_s(left, cached)
@@ -116,21 +128,21 @@ class LeastSeconds:
         return Candidate(now + running / 2 + seconds, worker.id, cached, seconds)
 
     def _prefer_local(
-        self, request: Request, split: Candidate | None, local: Candidate, view: View, now: float
+        self, request: Request, stairs: list[Stair], split: Candidate | None, local: Candidate, view: View, now: float
     ) -> bool:
         if split is None:
             # No prefill worker has room now. One that will have room soon may still be earlier than going local.
-            busy = [worker for worker in view.pool.of("prefill") if worker.could_fit(request.length)]
+            busy = [worker for worker in view.pool.prefill if worker.could_fit(request.length)]
             if self.paths == "local" or not busy:
                 return True
-            later = min(self._finish_later(worker, request, view, now) for worker in busy)
+            later = min([self._finish_later(worker, request, stairs, now) for worker in busy])
             return local.finish < later and self._in_time(request, local, now)
         if split.worker == local.worker:
             return local.finish <= split.finish
         return local.finish < split.finish and self._in_time(request, local, now)
 
-    def _finish_later(self, worker: Worker, request: Request, view: View, now: float) -> float:
-        cached = self._cached(worker, request, view)
+    def _finish_later(self, worker: Worker, request: Request, stairs: list[Stair], now: float) -> float:
+        cached = self._cached(worker, request.length, stairs)
         return worker.free_at(now) + worker.prefill_s(request.length - cached, cached)
 
     @staticmethod
@@ -157,8 +169,8 @@ class LeastSeconds:
     @staticmethod
     def _may_wait(request: Request, view: View) -> bool:
         """Soft reservation: KV without a decode worker stays under half of the prefill pool's memory."""
-        booked = sum(worker.booked for worker in view.pool.of("prefill"))
-        capacity = sum(worker.capacity for worker in view.pool.of("prefill"))
+        booked = sum([worker.booked for worker in view.pool.prefill])
+        capacity = sum([worker.capacity for worker in view.pool.prefill])
         return booked + request.length <= UNHOMED_SHARE * capacity
 
     # --- shared ----------
@@ -167,7 +179,7 @@ class LeastSeconds:
         need = request.length + min(request.left, view.expected_output) - worker.held.get(request.attempt, 0)
         if not worker.fits(need) or worker.batch >= worker.max_batch:
             return math.inf
-        memory = (worker.booked + need) / (MEMORY_LIMIT * worker.capacity)
+        memory = (worker.booked + need) / worker.limit
         step = worker.decode_s(worker.batch + 1, worker.context + request.length)
         itl = step / (ITL_SHARE * worker.tightest_itl(request.itl_s))
         if worker.batch > 0 and itl > 1.0:
@@ -175,10 +187,14 @@ class LeastSeconds:
         return max(memory, itl)
 
     @staticmethod
-    def _cached(worker: Worker, request: Request, view: View) -> int:
+    def _cached(worker: Worker, length: int, stairs: list[Stair]) -> int:
         """Tokens predicted to be cached there; the last one is always computed."""
-        depth = view.index.depth(worker.id, request.hashes) * worker.block_size
-        return min(depth, (request.length - 1) // worker.block_size * worker.block_size)
+        bit = 1 << worker.id
+        for stair in stairs:
+            if stair.mask & bit:
+                size = worker.index_tokens
+                return min(stair.depth * size, (length - 1) // size * size)
+        return 0
 
     @staticmethod
     def _horizon(view: View) -> float:

@@ -34,7 +34,7 @@ class Cell:
 
     def tick(self) -> list[ev.Action]:
         """The next one, when it is wanted."""
-        self.now = self.core.next_tick(self.now)
+        self.now = self.core.next_tick()
         assert self.now < math.inf
         return self.on(ev.Tick(), 0.0)
 

@@ -206,7 +206,7 @@ def test_leases_are_renewed_while_anything_runs() -> None:
         gaps = [later - earlier for earlier, later in pairwise(times)]
         assert max(gaps) < Limits().lease_s / 2
     cell.on(ev.Ended(P, 1, "stop"))
-    while cell.core.next_tick(cell.now) < math.inf:
+    while cell.core.next_tick() < math.inf:
         assert cell.tick() == []
     assert cell.now < 40.0
 

@@ -241,7 +241,9 @@ def test_a_decode_worker_takes_prompts_only_beside_its_decodes(hindrance: str) -
     elif hindrance == "prompt":
         busy(view, 1, 0.01)
     elif hindrance == "chunk":
-        decode.itl_s[1000] = 0.015
+        decode.forget(1000, NOW)
+        decode.book(1000, 1000, 100)
+        decode.join_decode(1000, 100, 0.015)
     else:
         decoding(view, 1, 4)
     assert LeastSeconds().on_room(ask(), view, NOW) is None
@@ -249,7 +251,7 @@ def test_a_decode_worker_takes_prompts_only_beside_its_decodes(hindrance: str) -
 
 def test_prefill_workers_too_small_for_a_prompt_are_not_waited_for() -> None:
     view = cell("prefill", "decode")
-    view.pool.workers[0].blocks = 50
+    view.pool.workers[0].limit = 200
     placement = LeastSeconds().on_room(ask(deadline=NOW - 1.0), view, NOW)
     assert placement is not None
     assert placement.local

@@ -110,6 +110,7 @@ def test_pools_leave_out_who_drains() -> None:
     assert [w.id for w in pool.of("prefill")] == [0, 2]
     assert pool.largest("decode") == 30 * 4
     pool.workers[2].draining = True
+    pool.sort()
     assert [w.id for w in pool.of("decode")] == [1]
     assert pool.largest("decode") == 20 * 4
     pool.workers[1].draining = True
