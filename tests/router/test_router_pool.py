@@ -114,6 +114,7 @@ def test_pools_leave_out_who_drains() -> None:
     assert [w.id for w in pool.of("decode")] == [1]
     assert pool.largest("decode") == 20 * 4
     pool.workers[1].draining = True
+    pool.sort()
     assert not pool.has("decode")
     assert pool.largest("decode") == 0
 
