@@ -87,6 +87,9 @@ class Report(Frame, frozen=True):
     context: Count  # tokens of the decoding sequences together
     step_s: Seconds  # the last step
     leaked: Count = 0  # blocks that check_integrity() could not account for
+    decode_batch: Count = 0  # the latest step of decodes alone since the last report; 0: there was none
+    decode_context: Count = 0  # its sequences' tokens
+    decode_s: Seconds = 0.0
 
 
 class KvEvents(Frame, frozen=True):
@@ -113,7 +116,11 @@ class NoRoom(Frame, frozen=True):
 
 
 class Progress(Frame, frozen=True):
-    """Prompt tokens computed (or found cached: ``cached``) so far; ``step_s`` sums the steps this attempt was in."""
+    """Prompt tokens computed (or found cached: ``cached``) so far; ``step_s`` sums the steps this attempt was in.
+
+    Always sent for the last chunk of a prompt; for an earlier one only where its step took longer or shorter than
+    predicted, or the cached prefix is not what Prefill said.
+    """
 
     attempt: Attempt
     done: Count
@@ -278,7 +285,7 @@ class Prefill(Frame, frozen=True):
     """Compute ``sequence`` and draw one token. ``decode``: go on decoding here (path local).
 
     Without ``decode`` its blocks are announced (BlocksReady) as they are finished if ``transfer``, and held under a
-    lease of ``lease_s`` until Release.
+    lease of ``lease_s`` until Release. ``cached`` prompt tokens are predicted to be in the worker's prefix cache.
     """
 
     attempt: Attempt
@@ -286,6 +293,7 @@ class Prefill(Frame, frozen=True):
     decode: bool
     transfer: bool
     lease_s: Seconds
+    cached: Count = 0
 
 
 class Pull(Frame, frozen=True):

@@ -65,9 +65,11 @@ class Attempts:
     def _start_prefill(self, request: Request, now: float) -> None:
         request.phase = Phase.PREFILLING
         request.prefill_started_at = now
+        work = self._state.pool.workers[request.prefill].prefills[request.attempt]
         self._state.actions.append(
-            ev.SendPrefill(request.prefill, request, request.attempt, request.path == "local", request.wants_transfer)
-        )
+            ev.SendPrefill(request.prefill, request, request.attempt, request.path == "local", request.wants_transfer,
+                           work.cached)
+        )  # fmt: skip
 
     def reserved(self, event: ev.Reserved, now: float) -> None:
         """Decode room is there."""

@@ -49,12 +49,21 @@ class Core:
         state.actions = []
         self._handlers[type(event)](event, now)
         if state.room_changed:
-            self._use_room(now)
+            if state.queue.waiting or state.unhomed or self.policy.early:
+                self._use_room(now)
+            else:
+                state.room_changed = False
+                self._room_at = math.inf
         return state.actions
 
     def next_tick(self) -> float:
         """When a Tick is wanted next; infinity if nothing waits for time."""
-        return min(self.state.next_timer(), self._renew_at, self._room_at)
+        when = self._renew_at if self._renew_at < self._room_at else self._room_at
+        if self.state.timers:
+            timer = self.state.next_timer()
+            if timer < when:
+                return timer
+        return when
 
     def _use_room(self, now: float) -> None:
         state = self.state
@@ -64,9 +73,11 @@ class Core:
                 self._find_decoders(now)
             if self.policy.early:
                 self._send_bound(now)
-            if state.queue:
+            if state.queue.waiting:
                 self._place_waiting(now)
-        self._room_at = max(self.policy.next_room(state.view(), now), now + MIN_TICK_S) if state.queue else math.inf
+        self._room_at = math.inf
+        if state.queue.waiting:
+            self._room_at = max(self.policy.next_room(state.view(), now), now + MIN_TICK_S)
 
     # --- requests ----------
 
@@ -124,7 +135,7 @@ class Core:
         state = self.state
         view = state.view()
         while (request := state.queue.head()) is not None:
-            if self._refuse_hopeless(request, now):
+            if request.length + request.left > state.pool.common_room and self._refuse_hopeless(request, now):
                 continue
             placement = self.policy.on_room(request, view, now)
             if placement is None:
@@ -140,6 +151,8 @@ class Core:
                 self._start(request, placement, now)
 
     def _start(self, request: Request, placement: Placement, now: float) -> None:
+        if placement.decode == placement.prefill and not placement.local:
+            placement = placement._replace(path="local")  # one worker: nothing moves
         self.attempts.start(request, placement, now)
         self._renew_at = min(self._renew_at, now + self._renew_every)
 
@@ -156,12 +169,14 @@ class Core:
             if not worker.fits(request.length + output):
                 return
             self.state.unbind(request)
-            decode = self.state.pool.workers.get(placement.decode)
-            if decode is not None and not decode.fits(request.length + self.state.expected_output(request)):
-                decode = None
-            if decode is None and not placement.local:
-                placement = placement._replace(decode=NOBODY)  # found again when it has room
+            if not placement.local and not self._may_decode(placement.decode, request):
+                placement = placement._replace(decode=NOBODY)  # found again when somebody has room
             self._start(request, placement, now)
+
+    def _may_decode(self, worker: int, request: Request) -> bool:
+        """Whether a decode worker that was chosen earlier is still there and has room."""
+        tokens = request.length + self.state.expected_output(request)
+        return any(other.id == worker and other.fits(tokens) for other in self.state.pool.decode)
 
     def _find_decoders(self, now: float) -> None:
         """Give KV that waits at its prefill worker a decode worker, in order of deadline."""
@@ -189,19 +204,28 @@ class Core:
             return
         self.state.index.forget(event.worker)
         self._roles_changed(now)
-        for bound in list(worker.bound):
-            self.state.enqueue(bound.request, now)
-        worker.bound.clear()
+        self._unbind_all(worker, now)
         for rid in list(worker.attempts.values()):
             self.state.lose(self.state.requests[rid], f"worker {worker.name} died", now, gone=event.worker)
 
     def _worker_draining(self, event: ev.WorkerDraining, now: float) -> None:
-        self.state.pool.workers[event.worker].draining = True
+        worker = self.state.pool.workers[event.worker]
+        worker.draining = True
         self._roles_changed(now)
+        self._unbind_all(worker, now)
 
     def _roles_set(self, event: ev.RolesSet, now: float) -> None:
-        self.state.pool.workers[event.worker].roles = event.roles
+        worker = self.state.pool.workers[event.worker]
+        worker.roles = event.roles
         self._roles_changed(now)
+        self._unbind_all(worker, now)
+
+    def _unbind_all(self, worker: Worker, now: float) -> None:
+        """Who waits in its line is placed anew."""
+        waiting = [bound.request for bound in worker.bound]
+        for request in waiting:
+            worker.unbind(request)
+            self.state.enqueue(request, now)
 
     def _roles_changed(self, now: float) -> None:
         self.state.pool.sort()

@@ -198,7 +198,8 @@ class Dispatcher:
         """The request is over: take its flow out and log it."""
         flow = self._flows.pop(request.rid)
         del self._by_key[flow.submission.request_id]
-        self._requests.write(flow.record(request, outcome, time.time(), self._clock()))
+        block_tokens = self.roster.model.block_size if self.roster.model is not None else 0
+        self._requests.write(flow.record(request, outcome, time.time(), self._clock(), block_tokens))
         return flow
 
     # --- LinkOwner ----------
@@ -270,7 +271,8 @@ class Dispatcher:
         member = self.roster.get(link.id)
         if member is not None:
             member.report = frame
-            self._on(ev.Reported(link.id, frame.free, frame.running, frame.waiting, frame.context, frame.step_s))
+            # What runs now need not be what was in the last step, so the worker says what was.
+            self._on(ev.Reported(link.id, frame.free, frame.decode_batch, 0, frame.decode_context, frame.decode_s))
 
     def _kv_events(self, link: WorkerLink, frame: frames.KvEvents) -> None:
         member = self.roster.get(link.id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twinpool.cost import StepCost
+from twinpool.cost import Cost
 from twinpool.router.request import Request
 
 # --- events ----------
@@ -39,7 +39,7 @@ class WorkerUp:
     block_size: int
     block_bytes: int
     device: str
-    cost: StepCost
+    cost: Cost
     chunk_tokens: int
     max_batch: int
     index_tokens: int = 0  # prompt tokens that one hash of a request stands for; 0: block_size
@@ -69,14 +69,14 @@ class RolesSet:
 
 @dataclass(slots=True)
 class Reported:
-    """A worker's own numbers."""
+    """A worker's own numbers; the last four are of its latest step that had decodes only, 0 where none was since."""
 
     worker: int
     free: int  # blocks
-    running: int  # sequences that decode
-    waiting: int  # sequences with prompt tokens to compute
+    running: int  # sequences that decoded
+    waiting: int  # sequences with prompt tokens in that step
     context: int  # tokens of the decoding ones
-    step_s: float  # the last step
+    step_s: float
 
 
 @dataclass(slots=True)
@@ -204,13 +204,14 @@ class SendReserve:
 
 @dataclass(slots=True)
 class SendPrefill:
-    """Compute the prompt; ``decode``: and go on there; ``transfer``: announce finished blocks."""
+    """Compute the prompt, of which ``cached`` tokens should be there; ``decode``: and go on; ``transfer``: announce."""
 
     worker: int
     request: Request
     attempt: int
     decode: bool
     transfer: bool
+    cached: int = 0
 
 
 @dataclass(slots=True)

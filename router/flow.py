@@ -86,10 +86,10 @@ class Flow:
             total_s=request.finished_at - request.arrival,
         )
 
-    def record(self, request: Request, outcome: str, unix_time: float, now: float) -> str:
+    def record(self, request: Request, outcome: str, unix_time: float, now: float, block_tokens: int = 0) -> str:
         """One line of the request log: lengths, block hashes, route and the seconds of each edge after arrival.
 
-        Never text nor token ids. ``unix_time`` is the wall clock at ``now``.
+        Never text nor token ids. ``unix_time`` is the wall clock at ``now``; a hash stands for ``block_tokens`` (0: ?).
         """
         submission = self.submission
         edges = {
@@ -99,6 +99,7 @@ class Flow:
                 ("reserved", request.reserved_at),
                 ("prefill", request.prefill_started_at),
                 ("first", request.first_at),
+                ("shown", self.first_sent),
                 ("transferred", request.transferred_at),
                 ("decoding", request.decoding_at),
                 ("ended", request.finished_at),
@@ -117,6 +118,7 @@ class Flow:
                 "output_tokens": len(self.output),
                 "max_tokens": submission.sampling.max_tokens,
                 "cached_tokens": request.cached,
+                **({"block_tokens": block_tokens} if block_tokens else {}),
                 "hashes": request.hashes,
                 "path": request.path,
                 "prefill": request.prefill_name,

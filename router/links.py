@@ -64,8 +64,9 @@ class LinkOwner(Protocol):
 class WorkerLink(asyncio.Protocol):
     """One worker's connection."""
 
-    def __init__(self, owner: LinkOwner, settings: LinkSettings) -> None:
+    def __init__(self, owner: LinkOwner, settings: LinkSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self.owner = owner
+        self._clock = clock
         self.settings = settings
         self.hello: frames.Hello | None = None
         self.id = -1  # given by the owner in ``joined``
@@ -89,12 +90,12 @@ class WorkerLink(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A worker dialled."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
-        self.last_seen = time.monotonic()
+        self.last_seen = self._clock()
         self._check_in(self.settings.hello_s)
 
     def data_received(self, data: bytes) -> None:
         """Bytes: decode strictly, drop the link on anything that is not a frame of ours."""
-        self.last_seen = time.monotonic()
+        self.last_seen = self._clock()
         try:
             for body in self._splitter.feed(data):
                 self._take(frames.from_worker.decode(body))
@@ -174,11 +175,11 @@ class WorkerLink(asyncio.Protocol):
         return self.owner.admit(hello) or ("", "")
 
     def _check_in(self, delay_s: float) -> None:
-        self._check_at = time.monotonic() + delay_s
+        self._check_at = self._clock() + delay_s
         self._check = self._loop.call_later(delay_s, self._check_alive)
 
     def _check_alive(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         every_s = self.settings.dead_after_s / 4
         silent = now - self.last_seen
         if now - self._check_at > every_s:
@@ -193,14 +194,16 @@ class WorkerLink(asyncio.Protocol):
             self._check_in(every_s)
 
 
-async def listen(owner: LinkOwner, settings: LinkSettings, address: str) -> tuple[asyncio.Server, str]:
+async def listen(
+    owner: LinkOwner, settings: LinkSettings, address: str, clock: Callable[[], float] = time.monotonic
+) -> tuple[asyncio.Server, str]:
     """Serve worker links at "host:port" (port 0: any); returns the server and the real address.
 
     Raises ConfigError when the address cannot be bound.
     """
     host, _, port = address.rpartition(":")
     loop = asyncio.get_running_loop()
-    make: Callable[[], asyncio.Protocol] = lambda: WorkerLink(owner, settings)  # noqa: E731
+    make: Callable[[], asyncio.Protocol] = lambda: WorkerLink(owner, settings, clock)  # noqa: E731
     try:
         server = await loop.create_server(make, host, int(port))
     except (OSError, ValueError) as error:

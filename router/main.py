@@ -17,7 +17,7 @@ from twinpool.router.dispatch import Dispatcher
 from twinpool.router.edge.server import EdgeServer
 from twinpool.router.links import LinkSettings, listen
 from twinpool.router.metrics import Metrics
-from twinpool.router.policy import LeastSeconds
+from twinpool.router.policy.registry import DEFAULT, make_policy
 from twinpool.router.request_log import RequestLog
 from twinpool.router.roster import Roster
 from twinpool.router.state import Limits
@@ -89,7 +89,8 @@ def _cell(config: ClusterConfig, requests: RequestLog) -> Dispatcher:
     )
     # Not the size of the vocabulary: a model's head may be padded beyond its tokenizer.
     settled: dict[str, object] = {"dtype": config.model.dtype, "block_size": config.worker.block_size}
-    core = Core(LeastSeconds(scheduling.path), limits)
+    paths = {"paths": scheduling.path} if scheduling.policy == DEFAULT else {}
+    core = Core(make_policy(scheduling.policy, paths | scheduling.parameters), limits)
     core.state.next_attempt += secrets.randbits(31)  # workers may still be ending what an earlier router numbered
     return Dispatcher(
         core,

@@ -64,7 +64,7 @@ class Performer:
             self._counts["resumed"] += 1
         sequence = self._flows[action.request.rid].sequence(action.request)
         frame = frames.Prefill(attempt=action.attempt, sequence=sequence, decode=action.decode,
-                               transfer=action.transfer, lease_s=self._lease_s)  # fmt: skip
+                               transfer=action.transfer, lease_s=self._lease_s, cached=action.cached)  # fmt: skip
         self._send(action.worker, frame)
 
     def _pull(self, action: ev.SendPull) -> None:

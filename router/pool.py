@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from twinpool.cost import StepCost
+from twinpool.cost import Cost
 from twinpool.router.events import WorkerUp
-from twinpool.router.request import Bound
+from twinpool.router.request import Bound, Request
 
 PROBE_TOKENS = 512  # by which two measurements of one device are compared
 PACE_WEIGHT = 0.1  # of a new observation
@@ -53,9 +53,9 @@ class Worker:
     """One worker. ``booked`` counts KV tokens promised to attempts, whatever the worker has allocated so far."""
 
     __slots__ = (
-        "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "capacity", "chunk_tokens", "context",
-        "cost", "decodes", "device", "draining", "full", "held", "id", "index_tokens", "itl_s", "limit", "max_batch",
-        "name", "pace", "pending", "prefills", "roles", "since", "slos", "work_s",
+        "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity", "chunk_tokens",
+        "context", "cost", "decodes", "device", "draining", "full", "held", "id", "index_tokens", "itl_s", "limit",
+        "max_batch", "name", "pace", "pending", "prefills", "roles", "since", "slos", "work_s",
     )  # fmt: skip
 
     def __init__(self, up: WorkerUp) -> None:
@@ -78,6 +78,7 @@ class Worker:
         self.prefills: dict[int, Commitment] = {}  # attempt -> work, in commit order
         self.work_s = 0.0  # the sum of their seconds
         self.pending = 0  # uncached prompt tokens committed or bound here and not computed, by prediction
+        self.bound_s = 0.0  # predicted prefill seconds of ``bound``
         self.bound: deque[Bound] = deque()  # placed here, not sent yet: no memory for it (early binding only)
         self.decodes: dict[int, int] = {}  # attempt -> context tokens when it joined
         self.held: dict[int, int] = {}  # attempt -> booked KV tokens
@@ -171,6 +172,21 @@ class Worker:
         self.pending -= work.tokens
         self.work_s = self.work_s - work.seconds if self.prefills else 0.0  # no error outlives a quiet moment
 
+    def bind(self, bound: Bound) -> None:
+        """A placed request joins the line of those that wait for memory here."""
+        self.bound.append(bound)
+        self.pending += bound.tokens
+        self.bound_s += bound.placement.seconds
+
+    def unbind(self, request: Request) -> None:
+        """Out of the line, if it is in it."""
+        for bound in self.bound:
+            if bound.request is request:
+                self.bound.remove(bound)
+                self.pending -= bound.tokens
+                self.bound_s = self.bound_s - bound.placement.seconds if self.bound else 0.0
+                return
+
     def book(self, attempt: int, rid: int, tokens: int) -> None:
         """Promise KV room for an attempt; replaces an earlier promise to the same one."""
         self.booked += tokens - self.held.get(attempt, 0)
@@ -246,7 +262,7 @@ class Pool:
         self.workers: dict[int, Worker] = {}
         self.prefill: list[Worker] = []
         self.decode: list[Worker] = []
-        self.costs: list[StepCost] = []  # the different ones
+        self.costs: list[Cost] = []  # the different ones
         self.common_room = 0  # KV tokens that the largest worker of each pool could book
 
     def of(self, role: str) -> list[Worker]:

@@ -76,7 +76,7 @@ class Request:
     __slots__ = (
         "arrival", "attempt", "attempts", "backend", "bound_to", "cached", "compute_s", "deadline", "decode",
         "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "finished_at", "first_at",
-        "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "losses", "max_tokens", "path", "phase",
+        "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "length", "losses", "max_tokens", "path", "phase",
         "placed_at", "prefill", "prefill_done", "prefill_name", "prefill_started_at", "prompt_len",
         "queue_until", "rank", "ready", "reason", "reserved", "reserved_at", "rid", "session", "shown",
         "suspect", "tenant", "transferred_at", "ttft_factor", "ttft_s", "verified",
@@ -145,12 +145,9 @@ class Request:
         self.verified = 0
         self.prefill_done = False
         self.emitted_before = self.emitted
+        # Tokens to have in KV before this attempt's first token: the prompt and all output so far.
+        self.length = self.prompt_len + self.emitted
         self.reserved_at = self.prefill_started_at = self.transferred_at = self.decoding_at = -1.0
-
-    @property
-    def length(self) -> int:
-        """Tokens to have in KV before this attempt's first token: the prompt and all output so far."""
-        return self.prompt_len + self.emitted_before
 
     @property
     def left(self) -> int:

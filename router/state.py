@@ -100,23 +100,16 @@ class State:
 
     def bind(self, request: Request, placement: Placement) -> None:
         """Out of the queue, to one worker's line: what binds at arrival is never placed again."""
-        worker = self.pool.workers[placement.prefill]
-        request.bound_to = worker.id
-        tokens = request.length - placement.cached
-        worker.bound.append(Bound(request, placement, tokens))
-        worker.pending += tokens
+        request.bound_to = placement.prefill
+        bound = Bound(request, placement, request.length - placement.cached)
+        self.pool.workers[placement.prefill].bind(bound)
 
     def unbind(self, request: Request) -> None:
-        """Out of its worker's line. Idempotent."""
+        """Out of its worker's line, if it is in one."""
         worker = self.pool.workers.get(request.bound_to)
         request.bound_to = NOBODY
-        if worker is None:
-            return
-        for bound in worker.bound:
-            if bound.request is request:
-                worker.bound.remove(bound)
-                worker.pending -= bound.tokens
-                return
+        if worker is not None:
+            worker.unbind(request)
 
     def _wake_if_short(self, request: Request, now: float) -> None:
         """A pool without workers is noticed after a while; ``core`` asks again when one becomes empty."""

@@ -13,9 +13,10 @@ to last, and idle blocks are evicted from the tail of the oldest visit: so what 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from twinpool.workers.eviction import EvictionOrder
 
 NO_HASH = -1
 
@@ -40,38 +41,6 @@ class KvChanges(NamedTuple):
 
     stored: list[int]
     removed: list[int]
-
-
-class EvictionOrder:
-    """Which idle block goes next: leaf first, least recently used.
-
-    One release of a sequence is one *visit*; its blocks come in tail first, so the tail of the oldest visit is evicted
-    first. The policy lives here alone: the pool says what became idle and what is in use again, and asks for a victim.
-    """
-
-    __slots__ = ("_blocks",)
-
-    def __init__(self) -> None:
-        self._blocks: OrderedDict[int, None] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def add(self, block: int) -> None:
-        """The block became idle."""
-        self._blocks[block] = None
-
-    def remove(self, block: int) -> None:
-        """The block is in use again. Raises KeyError if it was not idle."""
-        del self._blocks[block]
-
-    def pop(self) -> int:
-        """Takes out the next victim. Raises KeyError when empty."""
-        return self._blocks.popitem(last=False)[0]
-
-    def blocks(self) -> list[int]:
-        """All idle blocks, next victim first."""
-        return list(self._blocks)
 
 
 class BlockPool:

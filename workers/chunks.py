@@ -10,41 +10,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from collections.abc import Sequence as Seq
+from typing import Protocol
 
-from twinpool.cost import StepCost
-from twinpool.workers.sequence import Chunk, Sequence
+from twinpool.cost import Cost
 
 ITL_SHARE = 0.9  # of the tightest ITL SLO that a step may take
 
 
+class Prompt(Protocol):
+    """What the budget needs to know of a prompt."""
+
+    computed: int  # tokens that are in KV
+    prompt_len: int
+
+
 def plan_chunks(
-    prompts: Iterable[Sequence], decodes: Seq[Sequence], cost: StepCost, chunk_tokens: int, block_size: int
-) -> list[Chunk]:
-    """Chunks for one step with ``decodes``, of ``prompts`` in their order. Changes nothing."""
-    limit_s = math.inf
-    context = 0
-    for sequence in decodes:
-        limit_s = min(limit_s, ITL_SHARE * sequence.itl_s)
-        context += sequence.length
-    batch = len(decodes)
-    left = chunk_tokens
-    chunks: list[Chunk] = []
-    for sequence in prompts:
-        start = sequence.computed
-        room = left
+    prompts: Iterable[Prompt],
+    limit_s: float,
+    batch: int,
+    context: int,
+    cost: Cost,
+    chunk_tokens: int,
+    block_size: int,
+) -> list[int]:
+    """Tokens of each of ``prompts``, in their order, in one step; those after the last entry get none.
+
+    ``limit_s`` is ``ITL_SHARE`` of the tightest ITL SLO of the ``batch`` decoding sequences, whose context tokens are
+    ``context`` together; infinity without one. Changes nothing.
+    """
+    taken = 0
+    counts: list[int] = []
+    for prompt in prompts:
+        start = prompt.computed
+        room = chunk_tokens - taken
         if limit_s < math.inf:
-            room = min(left, cost.largest_chunk(limit_s, start, batch, context))
-        if not chunks:
+            room = min(room, cost.largest_chunk(limit_s, start, batch, context, taken))
+        if not counts:
             room = max(room, block_size)
-        rest = sequence.prompt_len - start
+        rest = prompt.prompt_len - start
         count = rest if rest <= room else room - room % block_size
         if count <= 0:
             break
-        chunks.append(Chunk(sequence, start, count, count == rest))
+        counts.append(count)
         if count < rest:
             break
-        batch += count
-        left -= count
-        limit_s -= cost.b * count * (start + count / 2)
-    return chunks
+        taken += count
+        limit_s -= cost.attention(count, start)
+    return counts

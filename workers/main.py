@@ -18,6 +18,7 @@ from twinpool.workers.blocks import BlockPool
 from twinpool.workers.build import Machine, build
 from twinpool.workers.link import RouterLink, connect
 from twinpool.workers.scheduler import Scheduler
+from twinpool.workers.step_log import StepLog, WorkerLine
 from twinpool.workers.transfer.service import KVService, TransferConfig
 from twinpool.workers.worker import Parts, Worker
 
@@ -36,6 +37,7 @@ async def serve(config: ClusterConfig, *, role: str, name: str, join: str, token
     machine = await build(config, tokenizer)
     epoch = time.time_ns()
     transfer = KVService(machine.pool, _transfer_config(config), name, epoch)
+    step_log: StepLog | None = None
     try:
         await transfer.start()
         blocks = machine.pool.blocks
@@ -43,8 +45,11 @@ async def serve(config: ClusterConfig, *, role: str, name: str, join: str, token
         scheduler = Scheduler(books, machine.cost, config.worker.chunk_tokens, config.worker.max_batch)
         hello = _hello(config, machine, transfer, role, name, token, epoch)
         parts = Parts(machine.engine, scheduler, machine.pool, transfer, tokenizer)
-        await _live(parts, hello, join, stop)
+        step_log = _step_log(config, hello)
+        await _live(parts, hello, join, stop, step_log)
     finally:
+        if step_log is not None:
+            step_log.close()
         await transfer.close()
         machine.engine.close()
 
@@ -88,6 +93,16 @@ def _hello(
     )
 
 
+def _step_log(config: ClusterConfig, hello: frames.Hello) -> StepLog | None:
+    path = config.worker.step_log
+    if path is None:
+        return None
+    model = hello.model
+    line = WorkerLine(hello.worker, hello.device, model.name, hello.blocks, model.block_size, model.block_bytes,
+                      hello.chunk_tokens, hello.max_batch)  # fmt: skip
+    return StepLog(path, line)
+
+
 def _device_name(config: ClusterConfig) -> str:
     """Model of the GPU or CPU, with the threads that compute; "emulated" where nothing does."""
     if config.worker.engine == "emulated":
@@ -115,10 +130,13 @@ class _Wire:
             self.link.flush()
 
 
-async def _live(parts: Parts, hello: frames.Hello, join: str, stop: asyncio.Event) -> None:
+async def _live(
+    parts: Parts, hello: frames.Hello, join: str, stop: asyncio.Event, step_log: StepLog | None = None
+) -> None:
     """Dial, serve, dial again when the router is gone; on ``stop``, or drained by the router, leave in good order."""
     wire = _Wire()
     worker = Worker(parts, wire.send, wire.flush)
+    worker.step_log = step_log
     steps = asyncio.create_task(worker.run(), name="steps")
     stopping = asyncio.create_task(stop.wait(), name="stop")
     drained = asyncio.create_task(worker.drained.wait(), name="drained")

@@ -1,10 +1,16 @@
-"""What a worker says of itself: heartbeats, load, and changes of its prefix cache, at most every 20 ms."""
+"""What a worker says of itself: heartbeats, load, and changes of its prefix cache, at most every 20 ms.
+
+Changes leave at multiples of 20 ms of the worker's clock: how the steps before fell does not move them, so whoever
+simulates a worker need not know every step to know when its router learns of its cache.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from twinpool.proto import frames
 from twinpool.workers.blocks import IntegrityError
@@ -15,6 +21,14 @@ log = logging.getLogger("twinpool.worker")
 
 EVERY_S = 0.020
 CHECK_EVERY_S = 5.0
+
+
+class Decoded(NamedTuple):
+    """A step that had decodes only: its sequences, the sum of their context tokens, and how long it took."""
+
+    batch: int
+    context: int
+    seconds: float
 
 
 class Reporter:
@@ -34,9 +48,11 @@ class Reporter:
         self._loop = asyncio.get_running_loop()
         self._events = KvEventLog()
         self._timer: asyncio.TimerHandle | None = None
+        self._slot = -(1 << 62)  # the latest multiple of EVERY_S that a report was set to
         self._heartbeat: asyncio.TimerHandle | None = None
         self._heartbeat_s = 1.0
         self._step_s = 0.0
+        self._decoded = Decoded(0, 0, 0.0)
         self._steps = 0
         self._busy = False
         self._leaked = 0
@@ -66,15 +82,18 @@ class Reporter:
         """The engine begins (``busy``) or has done a step."""
         self._steps, self._busy = steps, busy
 
-    def changed(self, step_s: float) -> None:
-        """A step was done."""
+    def changed(self, step_s: float, decoded: Decoded | None) -> None:
+        """A step was done; ``decoded`` says of what, where it had decodes only."""
         self._step_s = step_s
+        self._decoded = decoded or self._decoded
         self.soon()
 
     def soon(self) -> None:
-        """Something changed: report within 20 ms."""
+        """Something changed: report at the next multiple of 20 ms, never at once."""
         if self._timer is None and self._heartbeat is not None:
-            self._timer = self._loop.call_later(EVERY_S, self._report)
+            now = self._clock()
+            self._slot = max(self._slot, math.floor(now / EVERY_S)) + 1  # a timer that was early is no second chance
+            self._timer = self._loop.call_later(max(0.0, self._slot * EVERY_S - now), self._report)
 
     def _report(self) -> None:
         self._timer = None
@@ -84,7 +103,10 @@ class Reporter:
             self._send(frame)
         load = self._scheduler.load()
         report = frames.Report(free=load.free, cached=load.cached, running=load.running, waiting=load.waiting,
-                               context=load.context, step_s=self._step_s, leaked=self._leaked)  # fmt: skip
+                               context=load.context, step_s=self._step_s, leaked=self._leaked,
+                               decode_batch=self._decoded.batch, decode_context=self._decoded.context,
+                               decode_s=self._decoded.seconds)  # fmt: skip
+        self._decoded = Decoded(0, 0, 0.0)
         self._send(report)
 
     def _beat(self) -> None:
@@ -94,7 +116,7 @@ class Reporter:
         if now - self._checked_at >= CHECK_EVERY_S and self._idle():
             self._checked_at = now
             self._check()
-        self._report()
+        self.soon()
 
     def _check(self) -> None:
         """Idle: every block must be free or cached."""

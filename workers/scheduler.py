@@ -16,12 +16,12 @@ All blocks that a prompt needs are taken when it is added, so what is in can go 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
-from itertools import chain
 
-from twinpool.cost import StepCost
+from twinpool.cost import Cost
 from twinpool.workers.blocks import BlockPool, IntegrityError
-from twinpool.workers.chunks import plan_chunks
+from twinpool.workers.chunks import ITL_SHARE, plan_chunks
 from twinpool.workers.sequence import BATCH_RANK, Chunk, Holding, Load, Mode, Outcome, Ready, Sequence, Step
 
 __all__ = ["Chunk", "Holding", "Load", "Mode", "Outcome", "Ready", "Scheduler", "Sequence", "Step"]
@@ -34,7 +34,7 @@ class Scheduler:
         "_held", "_leaving", "_order", "_queues", "_running", "_step", "chunk_tokens", "cost", "max_batch", "pool",
     )  # fmt: skip
 
-    def __init__(self, pool: BlockPool, cost: StepCost, chunk_tokens: int, max_batch: int) -> None:
+    def __init__(self, pool: BlockPool, cost: Cost, chunk_tokens: int, max_batch: int) -> None:
         if chunk_tokens < 1 or max_batch < 1:
             raise ValueError(f"chunk_tokens and max_batch must be at least 1, not {chunk_tokens} and {max_batch}")
         self.pool = pool
@@ -148,13 +148,12 @@ class Scheduler:
             raise RuntimeError("the step before is not done")
         decodes = self._next_decodes()
         preempted = self._grow(decodes)
-        prompts = chain(self._queues[0].values(), self._queues[1].values())
-        chunks = plan_chunks(prompts, decodes, self.cost, self.chunk_tokens, self.pool.block_size)
+        context = sum([sequence.length for sequence in decodes])
+        chunks = self._chunks(decodes, context)
         if not (decodes or chunks or preempted):
             return None
         predicted_s = 0.0
         if decodes or chunks:
-            context = sum([sequence.length for sequence in decodes])
             predicted_s = self.cost.step([(c.count, c.start) for c in chunks], len(decodes), context)
         for sequence in decodes:
             sequence.in_step = True
@@ -322,6 +321,17 @@ class Scheduler:
         for sequence in short:
             sequence.table += self.pool.allocate(1)
         return preempted
+
+    def _chunks(self, decodes: list[Sequence], context: int) -> list[Chunk]:
+        """Chunks of the waiting prompts beside ``decodes``, which have ``context`` tokens together."""
+        prompts = [*self._queues[0].values(), *self._queues[1].values()]
+        if not prompts:
+            return []
+        limit_s = ITL_SHARE * min([sequence.itl_s for sequence in decodes], default=math.inf)
+        size, batch = self.pool.block_size, len(decodes)
+        counts = plan_chunks(prompts, limit_s, batch, context, self.cost, self.chunk_tokens, size)
+        planned = zip(prompts, counts, strict=False)  # the rest has to wait
+        return [Chunk(s, s.computed, count, s.computed + count == s.prompt_len) for s, count in planned]
 
     def _victim(self) -> Sequence:
         """Takes out the youngest sequence of the lowest class and frees its blocks."""

@@ -24,11 +24,14 @@ from twinpool.workers.leases import LeaseTable
 from twinpool.workers.outbox import TokenOutbox
 from twinpool.workers.output import Output
 from twinpool.workers.receiver import MESSAGE_CHARS, Receiver
-from twinpool.workers.reporter import Reporter
-from twinpool.workers.scheduler import Mode, Outcome, Ready, Scheduler, Sequence, Step
+from twinpool.workers.reporter import Decoded, Reporter
+from twinpool.workers.scheduler import Chunk, Mode, Ready, Scheduler, Sequence, Step
+from twinpool.workers.step_log import StepLog
 from twinpool.workers.transfer.base import KVTransfer
 
 log = logging.getLogger("twinpool.worker")
+
+NEWS_S, NEWS_SHARE = 0.002, 0.02  # a step that is off its prediction by more than both is news
 
 
 class Sums(Protocol):
@@ -74,11 +77,13 @@ class Worker:
         self._receiver = Receiver(parts.scheduler, parts.transfer, send, self._received, self._work.set)
         self._reporter = Reporter(parts.scheduler, send, self.idle, clock)
         self._awaiting: dict[int, Sequence] = {}  # Decode came, blocks are still on their way
+        self._misjudged: set[int] = set()  # the router predicted another cached prefix, and has not heard yet
         self._roots: dict[str, bytes] = {}
         self._step_s = 0.0
         self._steps = 0
         self._busy = False
         self._draining = False
+        self.step_log: StepLog | None = None  # of whoever starts the worker
         self.roles: tuple[str, ...] = ()  # set by the router; empty: those of the Hello
         self.drained = asyncio.Event()  # set once a Drain was asked for and nothing is left
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -171,6 +176,7 @@ class Worker:
         """Free everything of an attempt, as soon as nothing writes to its blocks any more. Idempotent."""
         self._leases.release(attempt)
         self._awaiting.pop(attempt, None)
+        self._misjudged.discard(attempt)
         self._outbox.drop(attempt)
         self._receiver.stop(attempt, lambda: self._scheduler.cancel(attempt))
         self._work.set()
@@ -184,6 +190,8 @@ class Worker:
             self._send(frames.NoRoom(attempt=frame.attempt, free=self._scheduler.pool.free_blocks))
             return
         self._grant(frame.attempt, frame.lease_s)
+        if sequence.cached != frame.cached:
+            self._misjudged.add(frame.attempt)
         ready = self._scheduler.announce(sequence)
         if ready is not None:
             self._announce(ready)
@@ -255,17 +263,20 @@ class Worker:
             if step is None:
                 if self._draining and self.idle():
                     self.drained.set()
+                if self.step_log is not None:
+                    self.step_log.idle()
                 self._work.clear()
                 await self._work.wait()
                 continue
             for sequence in step.preempted:
                 self._leases.release(sequence.attempt)
+                self._misjudged.discard(sequence.attempt)
                 self._send(frames.Preempted(attempt=sequence.attempt))
             await self._compute(step)
 
     async def _compute(self, step: Step) -> None:
-        rows = [self._chunk_row(chunk.sequence, chunk.start, chunk.count, chunk.last) for chunk in step.chunks]
-        rows += [self._chunk_row(s, s.length - 1, 1, True) for s in step.decodes]
+        rows = [self._row(chunk.sequence, chunk.start, chunk.count, chunk.last) for chunk in step.chunks]
+        rows += [self._row(s, s.length - 1, 1, True, decode=True) for s in step.decodes]
         self._busy = True
         self._reporter.step(self._steps, busy=True)
         try:
@@ -294,10 +305,10 @@ class Worker:
         return drawn
 
     @staticmethod
-    def _chunk_row(sequence: Sequence, start: int, count: int, last: bool) -> Row:
+    def _row(sequence: Sequence, start: int, count: int, last: bool, *, decode: bool = False) -> Row:
         output = sequence.payload
         assert isinstance(output, Output)
-        return Row(output.tokens[start : start + count], start, sequence.table, output.sample if last else None)
+        return Row(output.tokens[start : start + count], start, sequence.table, output.sample if last else None, decode)
 
     def _fail(self, sequence: Sequence, error: TwinpoolError) -> None:
         """This row cannot be computed: the attempt is lost, the worker goes on."""
@@ -308,18 +319,25 @@ class Worker:
 
     def _finish_step(self, step: Step, drawn: list[Sampled | None]) -> None:
         tokens = {s.attempt: token for s, token in zip(_sequences(step), drawn, strict=True) if token is not None}
+        context = sum([sequence.length for sequence in step.decodes])
         for sequence in step.decodes:
             self._extend_hashes(sequence)
         outcome = self._scheduler.done(step, self._clock())
         self._step_s = outcome.step_s
-        self._report_progress(outcome)
+        off = abs(outcome.step_s - step.predicted_s) > max(NEWS_S, NEWS_SHARE * step.predicted_s)
+        for chunk in step.chunks:
+            self._report_progress(chunk, off)
         for sequence in outcome.sampled:
             self._speak(sequence, tokens[sequence.attempt])
         self._outbox.flush(outcome.step_s)
         self._flush()  # tokens first: sums of the last blocks take a while
         for ready in outcome.ready:
             self._announce(ready)
-        self._reporter.changed(outcome.step_s)
+        if self.step_log is not None:
+            chunks = [(chunk.count, chunk.start) for chunk in step.chunks]
+            self.step_log.add(chunks, len(step.decodes), context, step.started_s, step.started_s + outcome.step_s)
+        alone = bool(step.decodes) and not step.chunks
+        self._reporter.changed(outcome.step_s, Decoded(len(step.decodes), context, outcome.step_s) if alone else None)
 
     def _extend_hashes(self, sequence: Sequence) -> None:
         """After this step the KV of all tokens known now is there: name a block that it fills."""
@@ -329,9 +347,13 @@ class Worker:
         if len(sequence.hashes) < sequence.length // size:
             sequence.hashes.append(output.next_hash(sequence.hashes, size))
 
-    def _report_progress(self, outcome: Outcome) -> None:
-        for s in outcome.progressed:
-            self._send(frames.Progress(attempt=s.attempt, done=s.computed, cached=s.cached, step_s=s.step_s))
+    def _report_progress(self, chunk: Chunk, off: bool) -> None:
+        """Progress is news: the router knows what it predicted, so it hears of the end and of what went differently."""
+        s = chunk.sequence
+        if s.cancelled or not (chunk.last or off or s.attempt in self._misjudged):
+            return
+        self._misjudged.discard(s.attempt)
+        self._send(frames.Progress(attempt=s.attempt, done=s.computed, cached=s.cached, step_s=s.step_s))
 
     def _speak(self, sequence: Sequence, drawn: Sampled) -> None:
         """Send a drawn token on; free the sequence if it was the last one."""

@@ -1,6 +1,19 @@
 """Scheduling policies: where a request goes, in predicted seconds."""
 
 from twinpool.router.policy.base import Placement, Policy, View
+from twinpool.router.policy.baselines.info import Parameter, PolicyInfo
 from twinpool.router.policy.least_seconds import LeastSeconds
+from twinpool.router.policy.registry import DEFAULT, POLICIES, make_policy, policy_names
 
-__all__ = ["LeastSeconds", "Placement", "Policy", "View"]
+__all__ = [
+    "DEFAULT",
+    "POLICIES",
+    "LeastSeconds",
+    "Parameter",
+    "Placement",
+    "Policy",
+    "PolicyInfo",
+    "View",
+    "make_policy",
+    "policy_names",
+]

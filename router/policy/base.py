@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from twinpool.router.kv_index import KvIndex
-from twinpool.router.pool import Pool
+from twinpool.router.kv_index import KvIndex, Stair
+from twinpool.router.pool import Pool, Worker
 from twinpool.router.request import NOBODY, Placement, Request
 
 
@@ -28,6 +28,16 @@ class Refusal(NamedTuple):
 
     message: str
     retry_s: float
+
+
+def cached_tokens(worker: Worker, length: int, stairs: list[Stair]) -> int:
+    """Prompt tokens predicted to be cached at a worker, of ``length``; the last token is always computed."""
+    bit = 1 << worker.id
+    for stair in stairs:
+        if stair.mask & bit:
+            size = worker.index_tokens
+            return min(stair.depth * size, (length - 1) // size * size)
+    return 0
 
 
 class Policy(Protocol):
@@ -53,4 +63,4 @@ class Policy(Protocol):
         ...
 
 
-__all__ = ["NOBODY", "Placement", "Policy", "Refusal", "View"]
+__all__ = ["NOBODY", "Placement", "Policy", "Refusal", "View", "cached_tokens"]

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from twinpool.router.kv_index import Stair
-from twinpool.router.policy.base import NOBODY, Placement, View
+from twinpool.router.policy.base import NOBODY, Placement, View, cached_tokens
 from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
@@ -46,7 +46,7 @@ class LeastSeconds:
         """Earliest predicted first token over all candidates with room."""
         stairs = view.index.stairs(request.hashes) if request.hashes else []
         split = self._best_split(request, stairs, view, now) if self.paths != "local" else None
-        local = self._best_local(request, stairs, view, now) if self.paths != "split" else None
+        local = self._best_local(request, stairs, split, view, now) if self.paths != "split" else None
         if local is not None and self._prefer_local(request, stairs, split, local, view, now):
             return self._local(local, split, now)
         return None if split is None else self._split(request, split, view, now)
@@ -54,8 +54,9 @@ class LeastSeconds:
     def decode_for(self, request: Request, view: View, now: float) -> int:
         """Least max(ITL ratio, memory ratio) among workers where both stay in bounds; ties to the lower id."""
         best, best_score = NOBODY, math.inf
+        need = request.length + min(request.left, view.expected_output)
         for worker in view.pool.decode:
-            score = self._decode_score(worker, request, view)
+            score = self._decode_score(worker, request, need)
             if score < best_score:
                 best, best_score = worker.id, score
         return best
@@ -85,21 +86,35 @@ class LeastSeconds:
         limit = now + self._horizon(view) + CLOCK_ERROR
         length = request.length
         best: Candidate | None = None
+        alike, seconds, known = -1, 0.0, None  # most workers are of one kind and have none of it cached
         for worker in view.pool.prefill:
             free_at = worker.free_at(now)
-            if free_at > limit or not worker.fits(length):
+            if free_at > limit or worker.full or worker.booked + length > worker.limit:
                 continue
-            cached = self._cached(worker, length, stairs)
-            seconds = worker.prefill_s(length - cached, cached)
+            cached = cached_tokens(worker, length, stairs) if stairs else 0
+            if cached != alike or worker.pace is not known:
+                seconds = worker.prefill_s(length - cached, cached)
+                alike, known = cached, worker.pace
             if best is None or free_at + seconds < best.finish:
                 best = Candidate(free_at + seconds, worker.id, cached, seconds)
         return best
 
-    def _best_local(self, request: Request, stairs: list[Stair], view: View, now: float) -> Candidate | None:
+    def _best_local(
+        self, request: Request, stairs: list[Stair], split: Candidate | None, view: View, now: float
+    ) -> Candidate | None:
         best: Candidate | None = None
+        alike, earliest, known = -1, 0.0, None
         for worker in view.pool.decode:
             if worker.prefills:
                 continue
+            if split is not None and worker.id != split.worker:
+                # Even alone, with no decodes beside it, the prompt must be earlier there than by the split.
+                cached = cached_tokens(worker, request.length, stairs) if stairs else 0
+                if cached != alike or worker.pace is not known:
+                    earliest = now + worker.prefill_s(request.length - cached, cached)
+                    alike, known = cached, worker.pace
+                if earliest >= split.finish:
+                    continue
             candidate = self._local_candidate(worker, request, stairs, view, now)
             if candidate is not None and (best is None or candidate < best):
                 best = candidate
@@ -114,7 +129,7 @@ class LeastSeconds:
             return None
         if worker.batch >= worker.max_batch:
             return None
-        cached = self._cached(worker, request.length, stairs)
+        cached = cached_tokens(worker, request.length, stairs)
         left = request.length - cached
         if worker.batch == 0:
             seconds = worker.prefill_s(left, cached)
@@ -123,7 +138,7 @@ class LeastSeconds:
         chunk = worker.chunk_within(budget, cached)
         if chunk < MIN_LOCAL_CHUNK:
             return None
-        seconds = math.ceil(left / chunk) * budget + worker.cost.b * left * (cached + left / 2)
+        seconds = math.ceil(left / chunk) * budget + worker.cost.attention(left, cached)
         running = worker.decode_s(worker.batch, worker.context)
         return Candidate(now + running / 2 + seconds, worker.id, cached, seconds)
 
@@ -142,7 +157,7 @@ class LeastSeconds:
         return local.finish < split.finish and self._in_time(request, local, now)
 
     def _finish_later(self, worker: Worker, request: Request, stairs: list[Stair], now: float) -> float:
-        cached = self._cached(worker, request.length, stairs)
+        cached = cached_tokens(worker, request.length, stairs)
         return worker.free_at(now) + worker.prefill_s(request.length - cached, cached)
 
     @staticmethod
@@ -175,26 +190,20 @@ class LeastSeconds:
 
     # --- shared ----------
 
-    def _decode_score(self, worker: Worker, request: Request, view: View) -> float:
-        need = request.length + min(request.left, view.expected_output) - worker.held.get(request.attempt, 0)
-        if not worker.fits(need) or worker.batch >= worker.max_batch:
-            return math.inf
-        memory = (worker.booked + need) / worker.limit
-        step = worker.decode_s(worker.batch + 1, worker.context + request.length)
-        itl = step / (ITL_SHARE * worker.tightest_itl(request.itl_s))
-        if worker.batch > 0 and itl > 1.0:
-            return math.inf
-        return max(memory, itl)
-
     @staticmethod
-    def _cached(worker: Worker, length: int, stairs: list[Stair]) -> int:
-        """Tokens predicted to be cached there; the last one is always computed."""
-        bit = 1 << worker.id
-        for stair in stairs:
-            if stair.mask & bit:
-                size = worker.index_tokens
-                return min(stair.depth * size, (length - 1) // size * size)
-        return 0
+    def _decode_score(worker: Worker, request: Request, need: int) -> float:
+        booked = worker.booked + need
+        if request.attempt in worker.held:  # it has the KV already
+            booked -= worker.held[request.attempt]
+        batch = len(worker.decodes)
+        if worker.full or booked > worker.limit or batch >= worker.max_batch:
+            return math.inf
+        memory = booked / worker.limit
+        step = worker.decode_s(batch + 1, worker.context + request.length)
+        itl = step / (ITL_SHARE * worker.tightest_itl(request.itl_s))
+        if itl > memory:
+            return math.inf if batch > 0 and itl > 1.0 else itl
+        return memory
 
     @staticmethod
     def _horizon(view: View) -> float:

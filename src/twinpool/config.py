@@ -74,6 +74,7 @@ class WorkerConfig(Section):
     )
     chunk_tokens: int = Field(512, ge=1, description="most prompt tokens in one step")
     max_batch: int = Field(64, ge=1, description="most sequences decoding at once")
+    step_log: Path | None = Field(None, description="file of one JSON line a step, for `sim calibrate`; empty: none")
     emulated: EmulatedConfig = EmulatedConfig()
 
 
@@ -103,6 +104,8 @@ class ClassConfig(Section):
 class SchedulingConfig(Section):
     """Queue, paths and failure handling."""
 
+    policy: str = Field("least_seconds", description="see `twinpool sim policies`; or module:Class")
+    parameters: dict[str, float | str] = Field(default_factory=dict, description="of the policy")
     path: Literal["auto", "split", "local"] = Field("auto", description="auto: by predicted seconds")
     max_queue: int = Field(1024, ge=1, description="waiting requests; beyond, new ones are shed")
     max_attempts: int = Field(4, ge=1, description="a request is given up after so many lost attempts")

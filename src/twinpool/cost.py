@@ -13,11 +13,68 @@ by 10-30 % (fitted to aiconfigurator 0.12 tables, vLLM on H100: mean error 2-3 %
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
+from typing import Protocol
 
 import msgspec
 
 UNBOUNDED_CHUNK = 1 << 30
+
+
+class DecodeRow:
+    """Seconds of a step without chunks at one batch size, by the sum K of its context tokens: straight pieces.
+
+    ``alpha[i] + beta[i] * K`` for ``breaks[i] <= K < breaks[i + 1]``; ``breaks[0]`` is 0, the last piece is open,
+    no ``beta`` is negative. Shared by whoever asks for it: not to be changed.
+    """
+
+    __slots__ = ("alpha", "beta", "breaks")
+
+    def __init__(self, breaks: tuple[int, ...], alpha: tuple[float, ...], beta: tuple[float, ...]) -> None:
+        self.breaks = breaks
+        self.alpha = alpha
+        self.beta = beta
+
+    def seconds(self, context: int) -> float:
+        """Seconds at ``context`` tokens in all."""
+        piece = bisect_right(self.breaks, context) - 1
+        return self.alpha[piece] + self.beta[piece] * context
+
+
+class Cost(Protocol):
+    """Seconds of a step. ``StepCost`` is the closed form, ``GridCost`` (cost_grid.py) a measured table.
+
+    A step never gets cheaper by more tokens in a chunk or more context; by more sequences or cached tokens only as
+    measured kernels do.
+    """
+
+    def step(self, chunks: Iterable[tuple[int, int]], batch: int, context: int) -> float:
+        """Seconds of a step with ``chunks`` of (tokens, cached tokens before) and ``batch`` sequences decoding."""
+        ...
+
+    def decode(self, batch: int, context: int) -> float:
+        """Seconds of a step without chunks; ``context`` is the sum over the batch. Exactly ``row(batch)``."""
+        ...
+
+    def row(self, batch: int) -> DecodeRow:
+        """``decode`` of this batch size by context."""
+        ...
+
+    def prefill(self, uncached: int, cached: int, chunk: int) -> float:
+        """Seconds to compute ``uncached`` tokens after ``cached`` ones, alone, ``chunk`` tokens a step."""
+        ...
+
+    def attention(self, tokens: int, cached: int) -> float:
+        """Seconds of attention that a chunk of ``tokens`` after ``cached`` ones adds to its step."""
+        ...
+
+    def largest_chunk(self, seconds: float, cached: int, batch: int, context: int, tokens: int = 0) -> int:
+        """The most tokens of one more chunk, after ``cached`` ones, that keep the step within ``seconds``; or 0.
+
+        ``tokens`` is what earlier chunks of the step hold; their attention is to be taken off ``seconds`` before.
+        """
+        ...
 
 
 class StepCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,6 +101,14 @@ class StepCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """T_d(B, K): seconds of a step without chunks."""
         return max(self.c0 + self.a * batch, self.d0 + self.d1 * batch) + self.d2 * context
 
+    def row(self, batch: int) -> DecodeRow:
+        """T_d(B, K) as one straight piece in K."""
+        return DecodeRow((0,), (max(self.c0 + self.a * batch, self.d0 + self.d1 * batch),), (self.d2,))
+
+    def attention(self, tokens: int, cached: int) -> float:
+        """Seconds of attention that a chunk of ``tokens`` after ``cached`` ones adds to its step."""
+        return self.b * tokens * (cached + tokens / 2)
+
     def prefill(self, uncached: int, cached: int, chunk: int) -> float:
         """T_p(u, c): seconds to compute ``uncached`` tokens after ``cached`` ones, alone, ``chunk`` tokens a step."""
         if uncached <= 0:
@@ -54,11 +119,13 @@ class StepCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             seconds += max(self.c0 + self.a * rest, self.d0 + self.d1 * rest)
         return seconds + self.b * uncached * (cached + uncached / 2)
 
-    def largest_chunk(self, seconds: float, cached: int, batch: int, context: int) -> int:
+    def largest_chunk(self, seconds: float, cached: int, batch: int, context: int, tokens: int = 0) -> int:
         """The most prompt tokens, after ``cached`` ones, that keep a step with this decode load within ``seconds``.
 
-        Solves ``b/2*x^2 + (slope + b*c)*x = R`` for both branches of the max; 0 where no token fits.
+        Solves ``b/2*x^2 + (slope + b*c)*x = R`` for both branches of the max; 0 where no token fits. ``tokens`` of
+        earlier chunks count like decoding sequences.
         """
+        batch += tokens
         room = seconds - self.d2 * context
         return min(
             self._chunk_root(room - self.c0 - self.a * batch, self.a, cached),

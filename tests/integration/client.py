@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 from twinpool.proto.twinpool.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from twinpool.proto.twinpool.v1 import inference_pb2 as pb
 
-WAIT_S = 45.0
+WAIT_S = 300.0  # ends what hangs; a busy machine may take its time
 Prompt = str | Sequence[int] | Sequence[tuple[str, str]]  # text, token ids, or (role, content) of each message
 
 

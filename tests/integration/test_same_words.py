@@ -18,6 +18,7 @@ from tests.integration.corpus import ALL, SHORT, Case
 from tests.integration.oracle import OneProcess, Oracle, Words
 
 AT_ONCE = 16
+WATCHDOG_S = 600.0  # of one request on a busy machine
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -39,14 +40,14 @@ def one_process(words: Words) -> Iterator[OneProcess]:
 
 
 def _alone(cluster: Cluster, cases: Iterable[Case], **fields: Any) -> list[Answer]:
-    return [cluster.client.generate(case.prompt, sampling=case.sampling, timeout=100.0, **fields) for case in cases]
+    return [cluster.client.generate(case.prompt, sampling=case.sampling, timeout=WATCHDOG_S, **fields) for case in cases]
 
 
 def _at_once(cluster: Cluster, cases: Sequence[Case], **fields: Any) -> list[Answer]:
     answers: list[Answer] = []
     for start in range(0, len(cases), AT_ONCE):
         part = cases[start : start + AT_ONCE]
-        running = [cluster.client.start(case.prompt, sampling=case.sampling, timeout=100.0, **fields) for case in part]
+        running = [cluster.client.start(case.prompt, sampling=case.sampling, timeout=WATCHDOG_S, **fields) for case in part]
         answers += [stream.result() for stream in running]
     return answers
 

@@ -24,6 +24,8 @@ ARRANGEMENTS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
 @pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_products(name: str, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+    if name == "packed" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN packs bfloat16 only on CPUs with AVX-512; make_linear does not choose it on others")
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(shape, generator=generator).to(dtype)
     x = torch.randn(rows, shape[1], generator=generator)

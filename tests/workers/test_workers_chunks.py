@@ -28,7 +28,14 @@ def chunks(
     prompts: list[Sequence], decodes: list[Sequence], tokens: int = 64, cost: StepCost = COST
 ) -> list[tuple[int, int, bool]]:
     """(start, count, last) of each chunk."""
-    return [(c.start, c.count, c.last) for c in plan_chunks(prompts, decodes, cost, tokens, SIZE)]
+    counts = plan_chunks(prompts, *load(decodes), cost, tokens, SIZE)
+    return [(p.computed, n, p.computed + n == p.prompt_len) for p, n in zip(prompts, counts, strict=False)]
+
+
+def load(decodes: list[Sequence]) -> tuple[float, int, int]:
+    """Limit in seconds, batch and context of what decodes."""
+    limit_s = ITL_SHARE * min((s.itl_s for s in decodes), default=math.inf)
+    return limit_s, len(decodes), sum(s.length for s in decodes)
 
 
 def test_alone_prompts_take_the_whole_budget_in_order() -> None:
@@ -67,10 +74,10 @@ def test_no_itl_slo_bounds_nothing() -> None:
 def test_on_a_real_profile_a_step_fills_its_share_and_no_more(cost: StepCost, computed: int) -> None:
     decodes = [decoding(0.050, 2_000) for _ in range(24)]
     prompts = [prompt(computed + 200, computed), prompt(computed + 100_000, computed)]
-    planned = plan_chunks(prompts, decodes, cost, 1 << 20, SIZE)
+    planned = plan_chunks(prompts, *load(decodes), cost, 1 << 20, SIZE)
     assert len(planned) == 2
 
     def seconds(more: int) -> float:
-        return cost.step([(200, computed), (planned[1].count + more, computed)], 24, 48_000)
+        return cost.step([(200, computed), (planned[1] + more, computed)], 24, 48_000)
 
     assert seconds(0) <= ITL_SHARE * 0.050 < seconds(SIZE)

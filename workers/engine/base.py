@@ -44,6 +44,7 @@ class Row(NamedTuple):
     start: int
     table: Sequence[int]
     sample: SampleState | None  # None: a chunk that is not the last of its prompt
+    decode: bool = False  # the one token drawn last, not (the rest of) a prompt: only the step's time depends on it
 
 
 class Sampled(NamedTuple):

@@ -81,8 +81,8 @@ class EmulatedEngine:
 
     async def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
         """See ``Engine``."""
-        chunks = [(len(row.tokens), row.start) for row in rows if len(row.tokens) > 1 or row.sample is None]
-        decodes = [row for row in rows if len(row.tokens) == 1 and row.sample is not None]
+        chunks = [(len(row.tokens), row.start) for row in rows if not row.decode]
+        decodes = [row for row in rows if row.decode]
         seconds = self._cost.step(chunks, len(decodes), sum(row.start + 1 for row in decodes)) / self._speed
         start = self._clock()
         drawn = [self._compute(row) for row in rows]

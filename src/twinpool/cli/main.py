@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from twinpool import __version__
-from twinpool.cli import bench, cluster, configs, demo, generate, process, status
+from twinpool.cli import bench, cluster, configs, demo, generate, process, status, trace
 
 app = typer.Typer(
     name="twinpool",
@@ -39,5 +39,6 @@ app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
 app.command("status")(status.status)
 app.add_typer(configs.app, name="config")
+app.add_typer(trace.app, name="trace")
 app.command("router")(process.router)
 app.command("worker")(process.worker)

@@ -1,0 +1,148 @@
+"""The clairvoyant bound: no policy meets the SLO of a larger share of offered requests on these workers.
+
+It relaxes everything a policy cannot change but for three facts. (1) What is served must be computed: prompt tokens
+once ever, with an infinite shared cache and free transfer, and a decode step for each token after the first
+(bound_work.py). (2) A step takes at least the sum of rates over what is in it (bound_cost.py). (3) A worker does one
+step after another. Proof that the shares below are upper bounds:
+
+Let ``S`` be the requests that a policy serves within both SLOs. A step that does work counted for ``i`` in ``S`` starts
+at ``i``'s arrival or later, since it is planned with what is there, and ends by the due time of that work, since its
+tokens are shown no earlier. So the steps with work that is released and due in ``[s, e]`` lie in ``[s, e]``. The steps
+of one worker do not overlap: their seconds, and with them the work by (1) and (2), are at most ``workers * (e - s)``.
+This for all intervals is just the condition for one preemptive server as fast as all workers to do the work in time
+(first due first; the busy interval before a miss would break it). So ``S`` is served by that server, for prompt work on
+the workers that may prefill, for decode work on those that may decode, for both together on all; and the misses of such
+a server are bounded from below (bound_misses.py). Requests that miss on an idle cluster, since one worker after the
+other computes a prompt chunk by chunk, miss in any case. Up to ``EXACT`` requests the relaxed problem is solved
+exactly; above, the larger of the bounds ``by_size`` and ``by_interval`` is used for each kind of workers.
+
+Speed-up divides all arrivals. Where a set can be served at some speed it can at any lower one: the work of an interval
+then has a longer one. So a speed at which the bound is under the target bounds the capacity, and bisection is sound
+even where the bound itself is not monotone. What is left out makes the bound loose, never wrong: limited caches,
+links, latencies, batches that are never as full, steps cut short for the ITL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from twinpool.cost import Cost
+from twinpool.errors import ConfigError
+from twinpool.sim.bound_cost import Engine
+from twinpool.sim.bound_misses import EXACT, exact, least_misses
+from twinpool.sim.bound_work import Fleet, Offer, Slo, offer
+from twinpool.sim.profiles import load_profile
+from twinpool.sim.settings import Settings
+from twinpool.sim.trace import Trace
+
+ROLE_CHANGES = ("prefill", "decode", "both")
+TOLERANCE = 0.005
+STRIDE = 4.0  # between speeds while there is no bracket
+RANGE = 1e6  # times or parts of the first guess within which a bracket is looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """``share``: of offered requests that can meet both SLOs at most; ``misses``: those that cannot, at least."""
+
+    share: float
+    misses: int
+    hopeless: int  # of the misses, those that would miss on an idle cluster
+    exact: bool  # the relaxed problem's optimum, not only a bound on it
+
+
+def bound(trace: Trace, settings: Settings, speed: float = 1.0) -> Bound:
+    """For the cluster, profile and SLOs of ``settings`` at a speed-up; its policy does not matter.
+
+    Raises ConfigError on an empty trace, an unknown profile or a speed that is not above 0.
+    """
+    return bound_of(offer_of(trace, settings), speed)
+
+
+def bound_capacity(trace: Trace, settings: Settings, target: float = 0.99) -> float:
+    """Speed-up from which on no policy meets both SLOs for ``target`` of the offered requests.
+
+    At most 0.5 % above the largest speed at which the bound allows it. 0.0: at no speed; inf: at any, as far as this
+    bound knows. Raises ConfigError as ``bound`` does, and on a target outside 0 to 1.
+    """
+    return capacity_of(offer_of(trace, settings), target)
+
+
+def offer_of(trace: Trace, settings: Settings) -> Offer:
+    """What the trace asks of the cluster of ``settings``. Workers whose roles are changed may do everything."""
+    profile = load_profile(settings.profile)
+    cost: Cost = profile.fit if settings.closed_form else profile.cost
+    engine = Engine(
+        max(settings.chunk_tokens, settings.block_size), settings.max_batch, settings.kv_tokens or profile.kv_tokens
+    )
+    moves = any(failure.what in ROLE_CHANGES for failure in settings.failures)
+    prefill = 0 if moves else settings.prefill
+    fleet = Fleet(prefill=prefill, both=settings.workers - prefill, engine=engine)
+    return offer(trace, cost, fleet, Slo(settings.ttft_s - settings.edge_s, settings.ttft_factor, settings.itl_s))
+
+
+def bound_of(made: Offer, speed: float) -> Bound:
+    """Bound of an offer at a speed-up. Raises ConfigError where that is not above 0."""
+    if not 0.0 < speed < math.inf:
+        raise ConfigError(f"a speed of {speed:g} is no traffic: give a factor above 0")
+    n = len(made.arrival)
+    misses = _misses(made, speed, None)
+    return Bound(1.0 - misses / n, misses, made.hopeless, n <= EXACT)
+
+
+def capacity_of(made: Offer, target: float) -> float:
+    """``bound_capacity`` of an offer."""
+    if not 0.0 < target <= 1.0:
+        raise ConfigError(f"a target of {target:g} is not a share: give one above 0 and up to 1")
+    allowed = _allowed(len(made.arrival), target)
+    return _bisect(lambda speed: _misses(made, speed, allowed) > allowed, _start(made))
+
+
+def _allowed(n: int, target: float) -> int:
+    """The most misses of ``n`` with which ``target`` is met."""
+    misses = min(n, int(n * (1.0 - target)) + 1)
+    while misses and (n - misses) / n < target:
+        misses -= 1
+    return misses
+
+
+def _misses(made: Offer, speed: float, allowed: int | None) -> int:
+    """Misses at a speed; above ``allowed`` it does not matter how many."""
+    arrival = made.arrival / speed
+    kinds = [demand.at(arrival) for demand in made.demands if len(demand.owner)]
+    if len(arrival) <= EXACT:
+        return made.hopeless + exact(kinds)
+    enough = None if allowed is None else allowed - made.hopeless
+    most = 0
+    for jobs in kinds:
+        if enough is None or most <= enough:
+            most = max(most, least_misses(jobs, enough))
+    return made.hopeless + most
+
+
+def _start(made: Offer) -> float:
+    """The speed at which the most loaded kind of workers has just as much time as work."""
+    work = max((float(demand.seconds.sum()) for demand in made.demands), default=0.0)
+    time = float(made.arrival[-1] - made.arrival[0])
+    return time / work if time > 0.0 and work > 0.0 else 1.0
+
+
+def _bisect(fails: Callable[[float], bool], start: float) -> float:
+    """The end of a bracket of 0.5 % that fails; 0.0 or inf where all speeds within ``RANGE`` do, or none."""
+    low = high = start
+    if fails(start):
+        while fails(low := low / STRIDE if low < start else start / 1.25):
+            high = low
+            if low < start / RANGE:
+                return 0.0
+    else:
+        while not fails(high := high * STRIDE if high > start else start * 1.25):
+            low = high
+            if high > start * RANGE:
+                return math.inf
+    while high > low * (1.0 + TOLERANCE):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fails(middle) else (middle, high)
+    return high

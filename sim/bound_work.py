@@ -1,0 +1,185 @@
+"""What any policy must do for the requests that meet their SLO: work with a release and a due time, at least.
+
+A request that meets its SLO has all its prompt tokens in KV by its first token. Blocks that some earlier request has as
+well may come from a cache; ``least_uncached`` counts every block once, for the request that brings it first. For any
+set of requests that are served this is no more than what must be computed for them, and it must be computed between
+arrival and first-token deadline of the request it is counted for: a block nobody has asked for before cannot be there
+earlier, if that request is served it is there in time, and no token is counted for two requests. So the counts of a
+served set add up, even if requests that bring blocks to others are themselves never served. A limited cache only adds
+work: replacing ``least_uncached`` by a larger count that is still proved is all that takes.
+
+Decoding: every token after the first takes a step with the request in its batch and at least its prompt as context
+(a token drawn by the prompt of a resumed attempt is left out: no loss is a policy's choice). Gaps add up to at most
+``itl_s`` times their number, the mean of the worst tenth being no less than the mean of all, so these steps end by the
+first-token deadline plus that, and they start after the prompt is computed.
+
+Both are counted in seconds of one step after another (bound_cost.py), divided by the workers that may do them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from twinpool.cost import Cost
+from twinpool.errors import ConfigError
+from twinpool.router.core import UNLOADED_CHUNK
+from twinpool.sim.bound_cost import Amounts, Engine, Shape
+from twinpool.sim.bound_lines import Floats
+from twinpool.sim.bound_misses import Ints, Jobs
+from twinpool.sim.trace import NO_REQUEST, Trace
+
+CLOSE = 1.0 + 1e-9  # what exceeds a limit by less is rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Limits in seconds: TTFT ``ttft_s + ttft_factor * unloaded prefill``, ITL as the mean of the worst tenth."""
+
+    ttft_s: float = 1.0
+    ttft_factor: float = 2.0
+    itl_s: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Workers by what they may ever do. Decode workers that may prefill (the ``local`` path) count as ``both``."""
+
+    prefill: int = 0  # prefill only
+    decode: int = 0  # decode only
+    both: int = 0
+    engine: Engine = field(default_factory=Engine)
+
+    def __post_init__(self) -> None:
+        if min(self.prefill, self.decode, self.both) < 0:
+            raise ConfigError("a number of workers is negative: give 0 or more of each kind")
+        if not (self.prefill + self.both and self.decode + self.both):
+            raise ConfigError("no worker may prefill, or none may decode: a bound needs some of each, or of both")
+
+
+@dataclass(frozen=True, slots=True)
+class Uncached:
+    """Columns, one entry a request: what must be computed for it at least, and what it has for itself."""
+
+    tokens: Floats
+    places: Floats  # sum of position + 1/2 over these tokens
+    alone: Floats  # prompt tokens in no block of another request
+    sharers: Floats  # requests that may compute some of them: itself, and all with the first block it brings
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Work on one kind of workers. Columns, one entry a piece; ``seconds`` if they all shared it."""
+
+    owner: Ints  # request
+    start: Floats  # seconds after the arrival
+    end: Floats  # seconds after the arrival
+    seconds: Floats
+
+    def at(self, arrival: Floats) -> Jobs:
+        """The pieces with the requests arriving at ``arrival``."""
+        when = arrival[self.owner]
+        return Jobs(self.owner, when + self.start, when + self.end, self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A trace as the bound sees it. ``hopeless``: requests that miss on an idle cluster."""
+
+    arrival: Floats
+    hopeless: int
+    demands: list[Demand]
+
+
+def least_uncached(trace: Trace) -> Uncached:
+    """Each block counted for the first request that has it; tokens behind the last full block, and the last token of a
+    prompt that is cached whole, for their own request."""
+    prompt = np.asarray(trace.prompt, dtype=np.float64)
+    offsets, size = np.asarray(trace.offsets), trace.block_tokens
+    full = np.diff(offsets)
+    behind = full * float(size)
+    tokens = prompt - behind
+    places = tokens * (behind + prompt) / 2.0
+    alone, sharers = tokens.copy(), np.ones(len(trace))
+    if len(trace.hashes):
+        _, first, counts = np.unique(np.asarray(trace.hashes), return_index=True, return_counts=True)
+        owner = np.searchsorted(offsets, first, side="right") - 1
+        index = first - offsets[owner]
+        tokens += np.bincount(owner, minlength=len(trace)) * float(size)
+        places += np.bincount(owner, (index + 0.5) * size * size, minlength=len(trace))
+        alone += np.bincount(owner[counts == 1], minlength=len(trace)) * float(size)
+        np.maximum.at(sharers, owner, counts.astype(np.float64))
+    nothing = tokens < 1.0
+    return Uncached(np.where(nothing, 1.0, tokens), np.where(nothing, prompt - 0.5, places), alone, sharers)
+
+
+def offer(trace: Trace, cost: Cost, fleet: Fleet, slo: Slo) -> Offer:
+    """The least work of every request whose arrival does not depend on others, for each kind of workers.
+
+    A request of a closed loop that follows another may come at any time; it counts only where it is hopeless. Raises
+    ConfigError on an empty trace.
+    """
+    if not len(trace):
+        raise ConfigError("the trace has no requests: nothing to bound")
+    uncached = least_uncached(trace)
+    prompt, output = (np.asarray(column, dtype=np.float64) for column in (trace.prompt, trace.output))
+    limit = slo.ttft_s + slo.ttft_factor * _unloaded(trace, cost)
+    shape = Shape(cost, fleet.engine, int((prompt + output).max(initial=1.0)))
+    latency = shape.latency(uncached.tokens, uncached.places)
+    slow = np.array([cost.decode(1, context) for context in trace.prompt]) > slo.itl_s * CLOSE
+    hopeless = (latency > limit * CLOSE) | (slow & (output > 2.0))  # a first token held back hides one gap, not two
+    if fleet.engine.kv_tokens:
+        hopeless |= prompt > fleet.engine.kv_tokens
+    open_loop = np.ones(len(trace), dtype=bool)
+    if trace.after is not None:
+        open_loop = np.asarray(trace.after) == NO_REQUEST
+    owner = np.flatnonzero(open_loop & ~hopeless)
+    need = _amounts(prompt, output, uncached, owner)
+    end = limit[owner]
+    prefill = (owner, np.zeros(len(owner)), end)
+    decode = (owner, np.minimum(latency[owner], end), end + need.sequences * slo.itl_s)
+    demands = _demands(shape, fleet, need, prefill, decode)
+    return Offer(np.asarray(trace.arrival, dtype=np.float64), int(hopeless.sum()), demands)
+
+
+Span = tuple[Ints, Floats, Floats]  # owner, start, end
+
+
+def _demands(shape: Shape, fleet: Fleet, need: Amounts, prefill: Span, decode: Span) -> list[Demand]:
+    """On all workers (what presses most comes first), on those that may prefill, on those that may decode."""
+    first, second = fleet.prefill + fleet.both, fleet.decode + fleet.both
+    demands = [
+        _demand(prefill, shape.prefill(need), first),
+        _demand(decode, shape.decode(need), second),
+    ]
+    if fleet.both:
+        workers = fleet.prefill + fleet.decode + fleet.both
+        seconds = shape.mixed(need)
+        parts = [_demand(prefill, seconds[0], workers), _demand(decode, seconds[1], workers)]
+        columns = zip(*[(part.owner, part.start, part.end, part.seconds) for part in parts], strict=True)
+        demands.insert(0, Demand(*[np.concatenate(pair) for pair in columns]))
+    return demands
+
+
+def _demand(span: Span, seconds: Floats, workers: int) -> Demand:
+    owner, start, end = span
+    some = seconds > 0.0
+    return Demand(owner[some], start[some], end[some], seconds[some] / workers)
+
+
+def _amounts(prompt: Floats, output: Floats, uncached: Uncached, owner: Ints) -> Amounts:
+    """Of the requests ``owner``. Decode step ``j`` reads the prompt and at least ``j - 1`` tokens more."""
+    steps = output[owner] - 1.0
+    grown = steps * (steps - 1.0) / 2.0
+    contexts, alones = steps * prompt[owner] + grown, steps * uncached.alone[owner] + grown
+    length, tokens, places, sharers = [
+        column[owner] for column in (prompt, uncached.tokens, uncached.places, uncached.sharers)
+    ]
+    return Amounts(length, tokens, places, sharers, steps, contexts, alones)
+
+
+def _unloaded(trace: Trace, cost: Cost) -> Floats:
+    """Seconds that the TTFT SLO is measured in: each prompt alone, without cache."""
+    lengths, which = np.unique(np.asarray(trace.prompt), return_inverse=True)
+    return np.array([cost.prefill(length, 0, UNLOADED_CHUNK) for length in lengths.tolist()])[which]

@@ -1,0 +1,78 @@
+"""What a simulation is told: the cluster, the SLO, the policy. Plain values, so they travel to other processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from twinpool.errors import ConfigError
+
+DEFAULT_PROFILE = "h100_sxm/llama-3.1-70b/tp4"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that happens to a worker at a time. ``what``: die, return, stall, drain, prefill, decode, both."""
+
+    at: float  # seconds
+    what: str
+    worker: str  # its name, such as p0
+    seconds: float = 0.0  # of a stall
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything a run depends on besides its trace."""
+
+    prefill: int = 4
+    decode: int = 4
+    both: int = 0
+    profile: str = DEFAULT_PROFILE
+    policy: str = "least_seconds"
+    parameters: dict[str, float | str] = field(default_factory=dict)
+    ttft_s: float = 1.0
+    ttft_factor: float = 2.0
+    itl_s: float = 0.05
+    chunk_tokens: int = 2048
+    max_batch: int = 256
+    block_size: int = 16
+    kv_tokens: int = 0  # a worker; 0: what the profile says
+    closed_form: bool = False  # the profile's fitted formula in place of its measured grid
+    max_tokens: int = 0  # what every request asks for at most; 0: the longest output of the trace
+    latency_s: float = 100e-6  # one way between router and workers
+    setup_s: float = 200e-6  # of each transfer
+    edge_s: float = 0.0  # of the router's edge, added to each time to the first token
+    link_bytes_per_s: float = 0.0  # 0: what the profile says
+    max_queue: int = 1024
+    max_queue_s: float = 60.0
+    failures: tuple[Failure, ...] = ()
+
+    def __post_init__(self) -> None:
+        if min(self.prefill, self.decode, self.both) < 0 or self.prefill + self.decode + self.both < 1:
+            raise ConfigError("a cluster needs at least one worker: give --prefill, --decode or --both")
+        if self.both == 0 and not (self.prefill and self.decode):
+            raise ConfigError(
+                f"{self.prefill} prefill and {self.decode} decode workers cannot serve: both pools need one, "
+                "or give --both workers, which do everything"
+            )
+        for name in ("ttft_s", "itl_s", "chunk_tokens", "max_batch", "block_size", "max_queue"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("ttft_factor", "latency_s", "setup_s", "edge_s", "kv_tokens", "link_bytes_per_s", "max_tokens"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
+
+    @property
+    def workers(self) -> int:
+        """All of them."""
+        return self.prefill + self.decode + self.both
+
+    def names(self) -> list[str]:
+        """Names of the workers, by id."""
+        pools = (("p", self.prefill), ("d", self.decode), ("b", self.both))
+        return [f"{letter}{i}" for letter, count in pools for i in range(count)]
+
+    def roles(self) -> list[tuple[str, ...]]:
+        """Roles of the workers, by id."""
+        return (
+            [("prefill",)] * self.prefill + [("decode",)] * self.decode + [("prefill", "decode")] * self.both
+        )

@@ -1,0 +1,144 @@
+"""A cluster in a few lines to hold the bound against: steps by the cost model, infinite shared cache, free transfer.
+
+Its policy draws lots: who prefills what and in which order, who decodes where, how much a step takes. It obeys only
+what the bound's proof relies on: causality, one step after another on a worker, one unfinished chunk a step.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+from twinpool.cost import Cost
+from twinpool.sim.bound_work import Fleet, Slo
+from twinpool.sim.trace import Trace
+
+
+@dataclass
+class Life:
+    """One request here."""
+
+    number: int
+    prompt: int
+    output: int
+    hashes: list[int]
+    start: int = -1  # tokens found in the cache; -1: not begun
+    done: int = 0  # prompt tokens in KV
+    busy: bool = False
+    shown: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Step:
+    """What a worker is at."""
+
+    end: float
+    chunks: list[tuple[Life, int]]
+    decodes: list[Life]
+
+
+class SmallCluster:
+    """``run`` gives the requests that met both limits."""
+
+    def __init__(self, trace: Trace, cost: Cost, fleet: Fleet, rng: random.Random) -> None:
+        self.trace, self.cost, self.engine, self.rng = trace, cost, fleet.engine, rng
+        self.roles = ["p"] * fleet.prefill + ["d"] * fleet.decode + ["pd"] * fleet.both
+        self.steps: list[Step | None] = [None] * len(self.roles)
+        self.cache: set[int] = set()
+        self.lives = [
+            Life(i, trace.prompt[i], trace.output[i], trace.block_hashes(i)) for i in range(len(trace.arrival))
+        ]
+        self.order = rng.choice(("arrival", "short", "lots"))
+        self.keep = rng.choice((1.0, 0.8))  # share of the work that is not put off for no reason
+
+    def run(self, slo: Slo, unloaded: list[float]) -> set[int]:
+        """Requests that met TTFT and ITL."""
+        now = 0.0
+        while any(len(life.shown) < life.output for life in self.lives):
+            ends = [step.end for step in self.steps if step is not None]
+            later = [when for when in self.trace.arrival if when > now]
+            if not self._start(now) and not ends and not later:
+                continue  # everybody was put off: once more
+            ends = [step.end for step in self.steps if step is not None]
+            now = min([*ends, *later])
+            for worker, step in enumerate(self.steps):
+                if step is not None and step.end <= now:
+                    self._finish(step)
+                    self.steps[worker] = None
+        return {life.number for life in self.lives if self._met(life, slo, unloaded[life.number])}
+
+    def _met(self, life: Life, slo: Slo, unloaded: float) -> bool:
+        ttft = life.shown[0] - self.trace.arrival[life.number]
+        gaps = sorted((b - a for a, b in zip(life.shown, life.shown[1:], strict=False)), reverse=True)
+        worst = gaps[: math.ceil(0.1 * len(gaps))]
+        in_time = ttft <= slo.ttft_s + slo.ttft_factor * unloaded
+        return in_time and (not worst or sum(worst) / len(worst) <= slo.itl_s)
+
+    def _start(self, now: float) -> bool:
+        """Gives idle workers steps; whether any got one."""
+        before = list(self.steps)
+        for worker, role in enumerate(self.roles):
+            if self.steps[worker] is None:
+                decodes = self._decodes() if "d" in role else []
+                chunks = self._chunks(now) if "p" in role else []
+                if decodes or chunks:
+                    seconds = self.cost.step(
+                        [(count, life.done) for life, count in chunks],
+                        len(decodes),
+                        sum(life.prompt + len(life.shown) for life in decodes),
+                    )
+                    for life in [*decodes, *[life for life, _ in chunks]]:
+                        life.busy = True
+                    self.steps[worker] = Step(now + seconds, chunks, decodes)
+        return self.steps != before
+
+    def _decodes(self) -> list[Life]:
+        ready = [life for life in self.lives if not life.busy and 0 < len(life.shown) < life.output]
+        chosen: list[Life] = []
+        memory = 0
+        for life in self.rng.sample(ready, len(ready)):
+            memory += life.prompt + len(life.shown)
+            if len(chosen) < self.engine.max_batch and memory <= (self.engine.kv_tokens or math.inf):
+                chosen.append(life)
+        return [life for life in chosen if self.rng.random() <= self.keep]
+
+    def _chunks(self, now: float) -> list[tuple[Life, int]]:
+        waiting = [
+            life for life in self.lives
+            if not life.busy and not life.shown and self.trace.arrival[life.number] <= now
+        ]  # fmt: skip
+        if self.order == "short":
+            waiting.sort(key=lambda life: life.prompt)
+        elif self.order == "lots":
+            self.rng.shuffle(waiting)
+        room = self.engine.chunk_tokens if self.rng.random() <= self.keep else 1 + self.engine.chunk_tokens // 3
+        chunks: list[tuple[Life, int]] = []
+        for life in waiting:
+            self._reuse(life)
+            count = min(room, life.prompt - life.done)
+            chunks.append((life, count))
+            room -= count
+            if not room or count < life.prompt - life.done:
+                break
+        return chunks
+
+    def _reuse(self, life: Life) -> None:
+        """Takes what the cache has by now, but for the last token."""
+        blocks = 0
+        while blocks < len(life.hashes) and life.hashes[blocks] in self.cache:
+            blocks += 1
+        life.done = max(life.done, min(blocks * self.trace.block_tokens, life.prompt - 1))
+
+    def _finish(self, step: Step) -> None:
+        for life, count in step.chunks:
+            life.busy = False
+            life.done += count
+            self.cache.update(life.hashes[: life.done // max(1, self.trace.block_tokens)])
+            if life.done == life.prompt:
+                life.shown.append(step.end)
+        for life in step.decodes:
+            life.busy = False
+            life.shown.append(step.end)
+            if len(life.shown) == 2 and self.rng.random() < 0.3:
+                life.shown[0] = step.end  # the first token was held back

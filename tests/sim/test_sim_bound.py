@@ -1,0 +1,380 @@
+"""The bound: against brute force on small instances, steps of the cost models, and clusters that draw lots."""
+
+from __future__ import annotations
+
+import math
+import random
+from array import array
+from itertools import combinations
+
+import numpy as np
+import pytest
+from tests.sim.bound_cluster import SmallCluster
+
+from twinpool.cost import LLAMA_8B_H100_TP1, LLAMA_70B_H100_TP4, Cost, StepCost
+from twinpool.errors import ConfigError
+from twinpool.router.core import UNLOADED_CHUNK
+from twinpool.sim.bound import bound, bound_capacity, bound_of, capacity_of, offer_of
+from twinpool.sim.bound_cost import Amounts, Engine, Shape, Totals
+from twinpool.sim.bound_lines import line_below
+from twinpool.sim.bound_misses import EXACT, Jobs, by_interval, by_size, exact, unfinished
+from twinpool.sim.bound_work import Fleet, Slo, least_uncached, offer
+from twinpool.sim.profiles import load_profile
+from twinpool.sim.settings import Failure, Settings
+from twinpool.sim.trace import Trace, no_hashes
+
+SLOW = StepCost(c0=0.02, a=0.004, b=1e-5, d0=0.04, d1=0.002, d2=4e-5)  # a small engine, so that steps are few
+
+
+def trace_of(
+    arrival: list[float], prompt: list[int], output: list[int], blocks: list[list[int]] | None = None, size: int = 16
+) -> Trace:
+    n = len(arrival)
+    hashes, offsets = array("q"), no_hashes(n)
+    for i, ids in enumerate(blocks or []):
+        hashes.extend(ids)
+        offsets[i + 1] = len(hashes)
+    return Trace(
+        "made", size if blocks else 0, array("d", arrival), array("q", prompt), array("q", output), hashes, offsets
+    )
+
+
+def random_trace(rng: random.Random, n: int, gap_s: float, size: int = 16) -> Trace:
+    """Prompts that branch off each other: a tree of blocks."""
+    arrival, now = [], 0.0
+    prompt, output, chains = [], [], []
+    for i in range(n):
+        arrival.append(now)
+        now += rng.expovariate(1.0 / gap_s) * (rng.random() < 0.7)
+        parent = rng.choice(chains)[: rng.randint(0, 6)] if chains and rng.random() < 0.6 else []
+        chains.append(parent + [1000 * i + k for k in range(rng.randint(0, 8))])
+        prompt.append(max(1, len(chains[-1]) * size + rng.randint(0, size - 1)))
+        output.append(rng.choice((1, 2, 3, rng.randint(1, 30))))
+    return trace_of(arrival, prompt, output, chains, size)
+
+
+def random_jobs(rng: random.Random, n: int) -> Jobs:
+    owners = sorted([*range(n), *[i for i in range(n) if rng.random() < 0.4]])
+    release = [rng.randint(0, 12) for _ in owners]
+    due = [at + rng.randint(1, 8) for at in release]
+    seconds = [rng.randint(1, 6) for _ in owners]
+    columns = [np.array(column, dtype=np.float64) for column in (release, due, seconds)]
+    return Jobs(np.array(owners, dtype=np.int64), *columns)
+
+
+def fits(jobs: Jobs, served: set[int]) -> bool:
+    """Unit time by unit time, what is due first first: whether all is done in time. Whole seconds only."""
+    left = [[due, release, seconds] for owner, release, due, seconds in zip(*jobs, strict=True) if owner in served]
+    for now in range(64):
+        if any(seconds > 0 and due <= now for due, _, seconds in left):
+            return False
+        ready = [piece for piece in left if piece[1] <= now and piece[2] > 0]
+        if ready:
+            min(ready)[2] -= 1
+    return all(seconds == 0 for _, _, seconds in left)
+
+
+def fewest_misses(kinds: list[Jobs], n: int) -> int:
+    for misses in range(n + 1):
+        for served in combinations(range(n), n - misses):
+            if all(fits(jobs, set(served)) for jobs in kinds):
+                return misses
+    raise AssertionError("nobody served is possible")
+
+
+# --- misses -------------------------------------------------------------------------------------------------------
+
+
+def test_unfinished_is_the_least_that_any_schedule_leaves() -> None:
+    rng = random.Random(1)
+    for _ in range(200):
+        jobs = random_jobs(rng, 5)
+        order = np.argsort(jobs.release, kind="stable")
+        units = [(int(jobs.release[i]), int(jobs.due[i])) for i in order for _ in range(int(jobs.seconds[i]))]
+        assert unfinished(*[column[order].tolist() for column in jobs[1:]]) == len(units) - matched(units)
+
+
+def matched(units: list[tuple[int, int]]) -> int:
+    """The most units of work that can have a second of their own: augmenting paths."""
+    holder: dict[int, int] = {}
+
+    def place(unit: int, seen: set[int]) -> bool:
+        for slot in range(*units[unit]):
+            if slot not in seen:
+                seen.add(slot)
+                if slot not in holder or place(holder[slot], seen):
+                    holder[slot] = unit
+                    return True
+        return False
+
+    return sum(place(unit, set()) for unit in range(len(units)))
+
+
+def test_exact_equals_brute_force_and_bounds_stay_below() -> None:
+    rng = random.Random(2)
+    tight = {by_size: 0, by_interval: 0}
+    for _ in range(300):
+        n = rng.randint(1, 6)
+        kinds = [random_jobs(rng, n) for _ in range(rng.randint(1, 2))]
+        truth = fewest_misses(kinds, n)
+        assert exact(kinds) == truth
+        for rule in tight:
+            found = max(rule(jobs) for jobs in kinds)
+            assert found <= truth
+            tight[rule] += found == truth
+    assert min(tight.values()) > 150, tight  # not empty promises: mostly they find the very number
+
+
+def test_larger_instances_have_bounds_below_exact_and_above_naught() -> None:
+    rng = random.Random(3)
+    found = 0
+    for _ in range(40):
+        jobs = random_jobs(rng, EXACT)
+        truth = exact([jobs])
+        assert max(by_size(jobs), by_interval(jobs)) <= truth
+        found += max(by_size(jobs), by_interval(jobs))
+    assert found > 80
+
+
+def test_bursts_far_apart_add_up() -> None:
+    release = np.repeat(np.arange(50.0) * 100.0, 3)
+    jobs = Jobs(np.arange(150), release, release + 2.0, np.ones(150))  # two of each three fit
+    assert by_interval(jobs) == 50
+    assert by_size(jobs) == 50
+
+
+def test_the_largest_are_dropped_first() -> None:
+    seconds = np.array([1.0] * 8 + [10.0])
+    jobs = Jobs(np.arange(9), np.zeros(9), np.full(9, 8.0), seconds)
+    assert by_size(jobs) == by_interval(jobs) == exact([jobs]) == 1
+
+
+# --- work ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_block_is_counted_once_for_whoever_brings_it() -> None:
+    trace = trace_of([0.0, 1.0, 2.0], [40, 48, 32], [1, 1, 1], [[1, 2], [1, 3, 4], [1, 2]])
+    uncached = least_uncached(trace)
+    assert uncached.tokens.tolist() == [40, 32, 1]  # of the third only its last token is sure to be computed
+    assert uncached.places.tolist() == [40 * 20.0, 32 * (16 + 16.0), 31.5]
+    assert uncached.alone.tolist() == [8, 32, 0]
+    assert uncached.sharers.tolist() == [3, 1, 1]
+
+
+def served_at_best(trace: Trace, seconds: float, limit: float) -> int:
+    """Most requests of which one server can do all blocks in time, each block once: all subsets tried."""
+    n, size = len(trace), trace.block_tokens
+    first: dict[int, float] = {}
+    for i in range(n):
+        for block in trace.block_hashes(i):
+            first.setdefault(block, trace.arrival[i])
+    for count in range(n, 0, -1):
+        for served in combinations(range(n), count):
+            due: dict[int, float] = {}
+            pieces = []
+            for i in served:
+                end = trace.arrival[i] + limit
+                for block in trace.block_hashes(i):
+                    due.setdefault(block, end)
+                own = trace.prompt[i] - size * len(trace.block_hashes(i))
+                pieces.append((trace.arrival[i], end, own * seconds))
+            pieces += [(first[block], end, size * seconds) for block, end in due.items()]
+            if unfinished(*zip(*sorted(pieces), strict=True)) <= 1e-9:
+                return count
+    return 0
+
+
+def test_counting_blocks_for_their_first_request_never_counts_too_much() -> None:
+    """Brute force of the problem itself: a served set shares its blocks, whoever came first."""
+    rng = random.Random(4)
+    cost = StepCost(c0=0.0, a=0.01, b=0.0, d0=0.0, d1=0.0, d2=0.0)
+    fleet = Fleet(both=1, engine=Engine(chunk_tokens=64, max_batch=4))
+    misses = 0
+    for _ in range(60):
+        trace = random_trace(rng, rng.randint(1, 6), 0.3)
+        trace = trace_of(list(trace.arrival), [p + 1 for p in trace.prompt], [1] * len(trace),
+                         [trace.block_hashes(i) for i in range(len(trace))])  # fmt: skip
+        found = bound_of(offer(trace, cost, fleet, Slo(1.0, 0.0, 1.0)), 1.0)
+        assert found.misses <= len(trace) - served_at_best(trace, 0.01, 1.0)
+        misses += found.misses
+    assert misses > 15
+
+
+# --- cost ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_under_all_points_and_touches() -> None:
+    x, y = np.array([1.0, 2.0, 4.0]), np.array([3.0, 3.5, 7.0])
+    line = line_below(x, y, 3.0)
+    assert np.all(line.const + line.slope * x <= y + 1e-12)
+    assert line.const + line.slope * 3.0 == pytest.approx(5.25, rel=1e-5)
+    assert line_below(x, y, 100.0).const >= 0.0
+
+
+COSTS: dict[str, Cost] = {
+    "closed form": LLAMA_70B_H100_TP4,
+    "8b": LLAMA_8B_H100_TP1,
+    "grid": load_profile("h100_sxm/llama-3.1-70b/tp4").cost,
+    "other grid": load_profile("b200_sxm/llama-3.1-8b/tp1").cost,
+}
+
+
+@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
+def test_no_step_is_cheaper_than_the_sum_of_its_rates(cost: Cost) -> None:
+    rng = random.Random(5)
+    engine = Engine(chunk_tokens=512, max_batch=32, kv_tokens=200_000)
+    shape = Shape(cost, engine, 40_000)
+    for mean in (300.0, 9000.0):
+        totals = Totals(1e6, 1e6 * mean, 2e5, 2e5 * mean, 1e5 * mean, 544)
+        for floor in shape._floors(totals):
+            for _ in range(20):
+                step, lengths, lasts = random_step(rng, engine)
+                chunks, batch, context = step
+                alone = min(context, engine.kv_tokens)
+                least = floor.sequence * batch + floor.context * context + floor.alone * alone
+                for (tokens, cached), length, last in zip(chunks, lengths, lasts, strict=True):
+                    attended = floor.line.const * tokens + floor.line.slope * tokens * (cached + tokens / 2)
+                    lost = float(floor.chunks.lost(floor.line, np.array([float(length)]))[0]) if last else 0.0
+                    least += floor.token * tokens + attended - lost
+                assert least <= cost.step(*step) * (1.0 + 1e-9)
+
+
+def random_step(
+    rng: random.Random, engine: Engine
+) -> tuple[tuple[list[tuple[int, int]], int, int], list[int], list[bool]]:
+    """(chunks, batch, context), length of each chunk's prompt, whether it ends it: at most one does not."""
+    room = rng.choice((1, 16, 40, engine.chunk_tokens, engine.chunk_tokens))
+    chunks, lengths, lasts = [], [], []
+    while room and len(chunks) < 6 and rng.random() < 0.9:
+        tokens, cached = rng.randint(1, room), rng.choice((0, rng.randint(0, 200), rng.randint(0, 39_000)))
+        last = rng.random() < 0.7
+        chunks.append((tokens, cached))
+        lengths.append(cached + tokens + (0 if last else 100))
+        lasts.append(last)
+        room -= tokens
+        if not last:
+            break
+    batch = rng.choice((0, 1, rng.randint(1, engine.max_batch))) if chunks else 1
+    return (chunks, batch, sum(rng.randint(1, 40_000) for _ in range(batch))), lengths, lasts
+
+
+@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
+def test_floors_are_near_what_a_prefill_pool_takes(cost: Cost) -> None:
+    """A bound that is valid but far away would be of no use."""
+    prompt = np.array([500.0, 2000.0, 9000.0, 30_000.0])
+    ones = np.ones(4)
+    need = Amounts(prompt, prompt, prompt * prompt / 2.0, ones, ones, ones, ones)
+    shape = Shape(cost, Engine(), 40_000)
+    alone = [cost.prefill(int(tokens), 0, 2048) for tokens in prompt]
+    assert 0.95 * sum(alone) < shape.prefill(need).sum() <= sum(alone) * (1.0 + 1e-9)
+    latency = shape.latency(need.tokens, need.places)
+    assert np.all(latency <= np.array(alone) * (1.0 + 1e-9))
+    assert np.all(latency > 0.85 * np.array(alone))
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+def beaten(instances: int, seed: int) -> tuple[int, int]:
+    """Random instances on random clusters; (misses of the bound, misses of the policies), never the other way round."""
+    rng = random.Random(seed)
+    totals = [0, 0]
+    for _ in range(instances):
+        trace = random_trace(rng, rng.choice((3, 6, 10, 20, 30)), rng.choice((0.05, 0.3, 1.0)))
+        engine = Engine(rng.choice((16, 48, 96)), rng.choice((2, 8)), rng.choice((0, 400, 2000)))
+        pools = rng.choice(((1, 1, 0), (2, 1, 0), (0, 0, 1), (0, 0, 3), (1, 0, 1), (1, 1, 1)))
+        fleet = Fleet(*pools, engine=engine)
+        slo = Slo(rng.choice((0.3, 1.0)), rng.choice((0.0, 2.0)), rng.choice((0.08, 0.15, 0.4)))
+        least = bound_of(offer(trace, SLOW, fleet, slo), 1.0).misses
+        unloaded = [SLOW.prefill(tokens, 0, UNLOADED_CHUNK) for tokens in trace.prompt]
+        if engine.kv_tokens and max(p + o for p, o in zip(trace.prompt, trace.output, strict=True)) > engine.kv_tokens:
+            continue
+        met = SmallCluster(trace, SLOW, fleet, rng).run(slo, unloaded)
+        assert len(trace) - len(met) >= least
+        totals[0] += least
+        totals[1] += len(trace) - len(met)
+    return totals[0], totals[1]
+
+
+def test_no_cluster_that_draws_lots_beats_it() -> None:
+    least, missed = beaten(60, 6)
+    assert 0.2 * missed < least
+
+
+@pytest.mark.full
+def test_no_cluster_beats_it_on_a_thousand_instances() -> None:
+    least, missed = beaten(1000, 7)
+    assert 0.2 * missed < least
+
+
+def steady(n: int, per_s: float, seed: int = 8) -> Trace:
+    rng = random.Random(seed)
+    arrival = sorted(rng.random() * n / per_s for _ in range(n))
+    prompt = [min(30_000, int(rng.lognormvariate(7.0, 1.0)) + 1) for _ in range(n)]
+    return trace_of(arrival, prompt, [rng.randint(1, 200) for _ in range(n)])
+
+
+def test_capacity_is_where_the_bound_meets_the_target() -> None:
+    trace, settings = steady(600, 5.0), Settings(prefill=2, decode=2, closed_form=True)
+    found = bound_capacity(trace, settings, 0.97)
+    assert bound(trace, settings, found).share < 0.97
+    assert bound(trace, settings, found / 1.02).share >= 0.97
+    assert bound_capacity(trace, settings, 0.9) > found
+    assert bound_capacity(trace, Settings(prefill=3, decode=3, closed_form=True), 0.97) > 1.3 * found
+    assert bound_capacity(trace, Settings(prefill=2, decode=2), 0.97) == pytest.approx(found, rel=0.15)
+
+
+def test_workers_without_a_role_do_not_help() -> None:
+    trace, engine = steady(300, 5.0), Engine(kv_tokens=400_000)
+    found = [
+        capacity_of(offer(trace, LLAMA_70B_H100_TP4, fleet, Slo()), 0.95)
+        for fleet in (Fleet(2, 2, engine=engine), Fleet(2, 9, engine=engine), Fleet(4, 0, 4, engine))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=0.01)
+    assert found[2] > 2.0 * found[0]
+
+
+def test_what_no_speed_can_change() -> None:
+    settings = Settings(prefill=1, decode=1, closed_form=True)
+    one = trace_of([0.0], [1000], [10])
+    assert bound(one, settings).share == 1.0
+    assert bound(one, settings).exact
+    assert bound_capacity(one, settings, 1.0) == math.inf
+    short = Settings(prefill=1, decode=1, closed_form=True, ttft_s=0.01, ttft_factor=0.0)
+    assert bound(one, short).hopeless == bound(one, short).misses == 1
+    assert bound_capacity(one, short, 1.0) == 0.0
+    slow_tokens = Settings(prefill=1, decode=1, closed_form=True, itl_s=0.01)
+    assert bound(one, slow_tokens).hopeless == 1  # a decode step alone takes longer
+    assert bound(trace_of([0.0], [1000], [2]), slow_tokens).hopeless == 0  # the one gap can be hidden
+    assert bound(trace_of([0.0], [500_000], [1]), settings).hopeless == 1  # larger than a worker's memory
+
+
+def test_followers_of_a_closed_loop_may_come_at_any_time() -> None:
+    flood = trace_of([0.0] * 40, [8000] * 40, [1] * 40)
+    settings = Settings(prefill=1, decode=1, closed_form=True)
+    assert bound(flood, settings).misses > 20
+    after, think = array("q", [-1] + [0] * 39), array("d", [0.0] * 40)
+    loop = Trace(**{name: getattr(flood, name) for name in ("name", "block_tokens", "arrival", "prompt", "output",
+                 "hashes", "offsets")}, after=after, think=think)  # fmt: skip
+    assert bound(loop, settings).misses == 0
+
+
+def test_workers_that_change_roles_may_do_everything() -> None:
+    trace = steady(20, 5.0)
+    settings = Settings(prefill=2, decode=2)
+    changed = Settings(prefill=2, decode=2, failures=(Failure(1.0, "both", "p0"),))
+    assert len(offer_of(trace, settings).demands) == len(offer_of(trace, changed).demands) == 3
+    decode = [offer_of(trace, given).demands[2].seconds.sum() for given in (settings, changed)]
+    assert decode[0] == pytest.approx(2.0 * decode[1])  # four workers may decode in place of two
+
+
+def test_bad_input_is_refused() -> None:
+    trace, settings = steady(5, 5.0), Settings()
+    with pytest.raises(ConfigError, match="no requests"):
+        bound(trace_of([], [], []), settings)
+    with pytest.raises(ConfigError, match="target"):
+        bound_capacity(trace, settings, 1.5)
+    with pytest.raises(ConfigError, match="speed"):
+        bound(trace, settings, 0.0)
+    with pytest.raises(ConfigError, match="may decode"):
+        Fleet(prefill=3)
