@@ -28,11 +28,15 @@ CLEAR = 1e-6  # a root that is farther than this from a whole number is not roun
 
 
 class Batch:
-    """See the module's docstring. Nothing here knows of memory, prompts or messages."""
+    """See the module's docstring. Nothing here knows of memory, prompts or messages.
+
+    Growth is counted when asked for (``grow_to``); until then it is as if it had not been.
+    """
 
     __slots__ = (
-        "_alpha", "_beta", "_cost", "_elapsed", "_elapsed_of", "_ends", "_fitted", "_growing", "_grown", "_lost",
-        "_phases", "_rows", "_size", "_slos", "_starts", "_until", "context", "count", "felt", "runs", "start", "step",
+        "_alpha", "_beta", "_cost", "_elapsed", "_elapsed_of", "_ends", "_fitted", "_growing", "_lost", "_phases",
+        "_rows", "_size", "_slos", "_starts", "_until", "busy_s", "context", "count", "ends_at", "felt", "grow_at",
+        "grown", "runs", "start", "step",
     )  # fmt: skip
 
     def __init__(self, cost: Cost, runs: Runs, block_size: int) -> None:
@@ -42,6 +46,8 @@ class Batch:
         self.count = 0  # B
         self.context = 0  # K at ``start``: tokens that the step from there on reads
         self.felt = 0  # of B those that have drawn a token here before: they feel the next gap
+        self.ends_at = NEVER  # after this step somebody has drawn a last token
+        self.busy_s = 0.0  # seconds in steps of decodes alone, in closed form
         self._cost = cost
         self._lost = 0.0  # of ``start``
         self._slos: dict[float, int] = {}  # ITL SLO -> sequences
@@ -51,12 +57,13 @@ class Batch:
         self._fitted = False
         self._alpha = 0.0
         self._beta = 0.0
-        self._until = math.inf  # K where it ends
+        self._until = 0.0  # K where it ends
         self._elapsed_of = 0
         self._elapsed = 0.0
         # blocks
         self._size = block_size
-        self._grown = -1  # the plans up to this step's are counted
+        self.grown = -1  # the plans up to this step's are counted
+        self.grow_at = NEVER  # no plan of an earlier step takes blocks that are not counted
         self._growing = 0  # sequences that take a block every ``block_size`` steps
         self._phases = [0] * block_size  # of them, how many at which step modulo block_size
         self._starts: list[tuple[int, int, Sequence]] = []  # heap of (grows, turn): who will be one of them
@@ -69,6 +76,8 @@ class Batch:
         sequence.state = RUNNING
         sequence.join = step
         sequence.end = end = step + sequence.left
+        if end < self.ends_at:
+            self.ends_at = end
         self.count += 1
         self.context += sequence.length
         self._fitted = False
@@ -82,35 +91,44 @@ class Batch:
         sequence.grows = grows = step + spare + 1 if spare >= 0 else step
         if grows < end:
             heapq.heappush(self._starts, (grows, sequence.turn, sequence))
+            if grows < self.grow_at:
+                self.grow_at = grows
 
     def leave(self, sequence: Sequence, state: int) -> None:
         """Out, at ``start``; the growth counted so far is added to its ``blocks``."""
         sequence.state = state
         self.count -= 1
-        self.context -= self.length(sequence)
+        self.context -= sequence.length + self.step - sequence.join
         self._fitted = False
         if not sequence.fresh:
             self.felt -= 1
-        itl_s = sequence.itl_s
-        if self._slos[itl_s] == 1:
-            del self._slos[itl_s]
+        slos, itl_s = self._slos, sequence.itl_s
+        if slos[itl_s] == 1:
+            del slos[itl_s]
         else:
-            self._slos[itl_s] -= 1
-        self._stop_growing(sequence)
-        sequence.grows = sequence.end = NEVER
+            slos[itl_s] -= 1
+        if sequence.growing:
+            self._stop_growing(sequence)
+        end, sequence.grows, sequence.end = sequence.end, NEVER, NEVER
+        if end == self.ends_at:
+            self._find_next_end()
 
     def skip_growth(self, sequence: Sequence) -> None:
         """It will have no part in the step that begins now, so it needs no block for it: all comes one step later."""
-        self._stop_growing(sequence)
+        if sequence.growing:
+            self._stop_growing(sequence)
         sequence.grows += 1
         if sequence.grows <= sequence.end:
             heapq.heappush(self._starts, (sequence.grows, sequence.turn, sequence))
+            if sequence.grows < self.grow_at:
+                self.grow_at = sequence.grows
 
     def sat_out(self, sequence: Sequence) -> None:
         """It had no part in the step that is over."""
         sequence.join += 1
         sequence.end += 1
         heapq.heappush(self._ends, (sequence.end, sequence.turn, sequence))
+        self._find_next_end()
 
     def length(self, sequence: Sequence) -> int:
         """Tokens of a sequence at ``start``."""
@@ -124,22 +142,19 @@ class Batch:
                 least = itl_s
         return least
 
-    def next_end(self) -> int:
-        """After this step somebody ends."""
-        ends = self._ends
-        while ends:
-            end, _, sequence = ends[0]
-            if sequence.end == end:
-                return end
-            heapq.heappop(ends)
-        return NEVER
-
     def ended(self) -> list[Sequence]:
         """Takes those out of the heap that have drawn their last token at ``start``, in their order."""
         found: list[Sequence] = []
-        while self.next_end() <= self.step:
+        while self.ends_at <= self.step:
             found.append(heapq.heappop(self._ends)[2])
+            self._find_next_end()
         return found
+
+    def _find_next_end(self) -> None:
+        ends = self._ends
+        while ends and ends[0][2].end != ends[0][0]:
+            heapq.heappop(ends)
+        self.ends_at = ends[0][0] if ends else NEVER
 
     # --- time ----------
 
@@ -148,7 +163,7 @@ class Batch:
         self.start = now
         self._lost = 0.0
         self._elapsed_of = 0
-        self._grown = self.step - 1  # the last plan found nobody left
+        self.grown = self.step - 1  # the last plan found nobody left
 
     def seconds(self, steps: int) -> float:
         """S: seconds of the next steps."""
@@ -160,16 +175,7 @@ class Batch:
             if steps > 1:
                 total += self._beta * count * (steps * (steps - 1) * 0.5)
         else:
-            total = 0.0
-            left = steps
-            row, piece = self._piece(context)
-            while left:
-                part = min(left, _steps_on(row, piece, context, count))
-                total += part * (row.alpha[piece] + row.beta[piece] * context)
-                total += row.beta[piece] * count * (part * (part - 1) * 0.5)
-                context += part * count
-                left -= part
-                piece += 1
+            total = self._seconds_across(steps)
         self._elapsed_of = steps
         self._elapsed = total
         return total
@@ -189,11 +195,12 @@ class Batch:
         rest = now - self.start - self._lost
         if rest <= 0.0:
             return 1
-        guess = _root(rest, self._alpha + self._beta * self.context, self._beta * self.count)
+        count, context = self.count, self.context
+        guess = _root(rest, self._alpha + self._beta * context, self._beta * count)
         steps = math.ceil(guess)
-        if self.context + (steps - 1) * self.count >= self._until:
-            steps = self._across(rest)
-        elif steps - guess > CLEAR and guess - steps + 1.0 > CLEAR:
+        if context + (steps - 1) * count >= self._until:
+            steps = self._steps_across(rest)
+        elif CLEAR < steps - guess < 1.0 - CLEAR:
             return steps
         steps = max(1, steps)
         while steps > 1 and self.end_of(steps - 1) >= now:
@@ -206,118 +213,137 @@ class Batch:
         """Go on by whole steps of decodes alone: nobody ends before the last of them."""
         if self._elapsed_of != steps:
             self.seconds(steps)
-        self._note_runs(steps)
-        self.context += steps * self.count
-        if self.context >= self._until:
+        count, context = self.count, self.context
+        after = context + steps * count
+        if self.felt:
+            if after - count < self._until:
+                self.runs.add(self._alpha + self._beta * context, self._beta * count, steps, self.felt)
+            else:
+                self._add_runs_across(steps)
+        self.context = after
+        if after >= self._until:
             self._fitted = False
+        self.busy_s += self._elapsed
         self._move(steps, self._elapsed)
 
     def advance_by(self, seconds: float, tokens: int, felt: int) -> None:
         """Go on by one step of any kind, in which ``tokens`` sequences drew one and ``felt`` of them a gap."""
         if felt:
             self.runs.add(seconds, 0.0, 1, felt)
-        self.context += tokens
-        self._fitted = False
+        if tokens:
+            self.context += tokens
+            self._fitted = False
         self._move(1, seconds)
 
     def _move(self, steps: int, seconds: float) -> None:
         self.step += steps
         self._elapsed_of = 0
         before, more = self.start, self._lost + seconds
-        after = before + more
+        self.start = after = before + more
         part = after - before
         self._lost = (before - (after - part)) + (more - part)  # Knuth: what the sum is short of
-        self.start = after
-
-    def _note_runs(self, steps: int) -> None:
-        if not self.felt:
-            return
-        count, context = self.count, self.context
-        if context + (steps - 1) * count < self._until:
-            self.runs.add(self._alpha + self._beta * context, self._beta * count, steps, self.felt)
-            return
-        row, piece = self._piece(context)
-        while steps:
-            part = min(steps, _steps_on(row, piece, context, count))
-            if part:
-                self.runs.add(row.alpha[piece] + row.beta[piece] * context, row.beta[piece] * count, part, self.felt)
-            context += part * count
-            steps -= part
-            piece += 1
 
     def _fit(self) -> None:
-        row, piece = self._piece(self.context)
-        self._alpha, self._beta = row.alpha[piece], row.beta[piece]
-        self._until = row.breaks[piece + 1] if piece + 1 < len(row.breaks) else math.inf
+        count = self.count
+        row = self._rows.get(count)
+        if row is None:
+            row = self._rows[count] = self._cost.row(count)
+        breaks = row.breaks
+        piece = bisect_right(breaks, self.context) - 1
+        self._alpha = row.alpha[piece]
+        self._beta = row.beta[piece]
+        self._until = breaks[piece + 1] if piece + 1 < len(breaks) else math.inf
         self._fitted = True
         self._elapsed_of = 0
 
-    def _piece(self, context: int) -> tuple[DecodeRow, int]:
-        row = self._rows.get(self.count)
-        if row is None:
-            row = self._rows[self.count] = self._cost.row(self.count)
-        return row, bisect_right(row.breaks, context) - 1
+    # --- over breaks of the row ----------
 
-    def _across(self, rest: float) -> int:
-        """``first_at`` over breaks, give or take one; ``rest`` seconds are left."""
+    def _pieces(self, steps: int) -> list[tuple[float, float, int]]:
+        """(first, increment, steps) on each piece that the next steps begin on."""
         count, context = self.count, self.context
-        row, piece = self._piece(context)
-        steps = 0
-        while True:
-            first, more = row.alpha[piece] + row.beta[piece] * context, row.beta[piece] * count
-            here = _steps_on(row, piece, context, count)
-            guess = math.ceil(_root(rest, first, more))
-            if guess <= here:
-                return steps + guess
-            rest -= here * first + more * (here * (here - 1) * 0.5)
+        row = self._rows[count]
+        breaks = row.breaks
+        piece = bisect_right(breaks, context) - 1
+        found: list[tuple[float, float, int]] = []
+        while steps:
+            here = steps
+            if piece + 1 < len(breaks):
+                here = min(steps, max(0, -(-(breaks[piece + 1] - context) // count)))
+            if here:
+                found.append((row.alpha[piece] + row.beta[piece] * context, row.beta[piece] * count, here))
             context += here * count
-            steps += here
+            steps -= here
             piece += 1
+        return found
+
+    def _seconds_across(self, steps: int) -> float:
+        total = 0.0
+        for first, more, here in self._pieces(steps):
+            total += here * first + more * (here * (here - 1) * 0.5)
+        return total
+
+    def _add_runs_across(self, steps: int) -> None:
+        for first, more, here in self._pieces(steps):
+            self.runs.add(first, more, here, self.felt)
+
+    def _steps_across(self, rest: float) -> int:
+        """``first_at``, give or take one, where ``rest`` seconds are left."""
+        high = 1
+        while self._seconds_across(high) < rest:
+            high *= 2
+        steps = 0
+        for first, more, here in self._pieces(high):
+            whole = here * first + more * (here * (here - 1) * 0.5)
+            if whole >= rest:
+                return steps + math.ceil(_root(rest, first, more))
+            rest -= whole
+            steps += here
+        return steps
 
     # --- blocks ----------
 
-    def may_grow(self, before: int) -> bool:
-        """Whether a plan of a step below ``before`` that was not counted yet may take blocks."""
-        return self._growing > 0 or (bool(self._starts) and self._starts[0][0] < before)
-
     def grow_to(self, step: int) -> int:
         """Blocks that the plans up to that step's take and that were not counted yet. Counts them."""
-        more = step - self._grown
+        more = step - self.grown
         if more <= 0:
             return 0
-        blocks, size = 0, self._size
+        blocks, size, phases = 0, self._size, self._phases
         if self._growing:
             rounds, rest = divmod(more, size)
             blocks = rounds * self._growing
-            phase = self._grown % size
-            for _ in range(rest):
-                phase = phase + 1 if phase + 1 < size else 0
-                blocks += self._phases[phase]
+            if rest:
+                first = (self.grown + 1) % size
+                blocks += sum(phases[first : first + rest])
+                if first + rest > size:
+                    blocks += sum(phases[: first + rest - size])
         starts = self._starts
         while starts and starts[0][0] <= step:
             grows, _, sequence = heapq.heappop(starts)
             if sequence.grows == grows and not sequence.growing:
                 sequence.growing = True
                 self._growing += 1
-                self._phases[grows % size] += 1
+                phases[grows % size] += 1
                 blocks += (step - grows) // size + 1
-        self._grown = step
+        self.grown = step
+        if self._growing:
+            self.grow_at = step + 1
+        else:
+            self.grow_at = starts[0][0] if starts else NEVER
         return blocks
 
     def quiet_until(self, blocks: int, step: int) -> int:
-        """The step below ``step`` whose plan may take more than ``blocks`` with those before it, else ``step``."""
+        """The step below ``step`` whose plan may take more than ``blocks`` with those before it, else ``step``.
+
+        Call it when all up to the plan in hand is counted. May be early: it does not look behind who begins to grow.
+        """
         starts = self._starts
         while starts and (starts[0][2].grows != starts[0][0] or starts[0][2].growing):
             heapq.heappop(starts)
-        if not self.may_grow(step):
-            return step
-        size, at = self._size, self._grown
-        if (self._growing + len(starts)) * ((step - 1 - at) // size + 1) <= blocks:
-            return step
+        size, at, growing = self._size, self.grown, self._growing
         cap = min(step, starts[0][0]) if starts else step
-        if self._growing:
-            rounds = blocks // self._growing
-            blocks -= rounds * self._growing
+        if growing:
+            rounds = blocks // growing
+            blocks -= rounds * growing
             at += rounds * size
             while at + 1 < cap:
                 at += 1
@@ -332,23 +358,17 @@ class Batch:
         return since >= 0 and since % self._size == 0
 
     def _stop_growing(self, sequence: Sequence) -> None:
-        if sequence.growing:
-            sequence.growing = False
-            self._growing -= 1
-            self._phases[sequence.grows % self._size] -= 1
-            rounds = (self._grown - sequence.grows) // self._size + 1
-            sequence.blocks += rounds
-            sequence.grows += rounds * self._size
+        sequence.growing = False
+        self._growing -= 1
+        self._phases[sequence.grows % self._size] -= 1
+        rounds = (self.grown - sequence.grows) // self._size + 1
+        sequence.blocks += rounds
+        sequence.grows += rounds * self._size
+        if not self._growing:
+            self.grow_at = self._starts[0][0] if self._starts else NEVER
 
 
 def _root(rest: float, first: float, more: float) -> float:
     """n with ``n*first + more*n*(n - 1)/2 == rest``, in the form that loses no digits; all above 0 but ``more``."""
     slope = first - 0.5 * more
     return 2.0 * rest / (slope + math.sqrt(slope * slope + 2.0 * more * rest))
-
-
-def _steps_on(row: DecodeRow, piece: int, context: int, count: int) -> int:
-    """Steps that begin on this piece of the row, of a batch that has come to it with ``context`` tokens."""
-    if piece + 1 >= len(row.breaks):
-        return NEVER
-    return max(0, -(-(row.breaks[piece + 1] - context) // count))

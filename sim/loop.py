@@ -11,6 +11,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from twinpool.errors import TwinpoolError
 from twinpool.router import events as ev
@@ -23,12 +24,14 @@ from twinpool.sim.result import COMPLETED, REFUSED
 from twinpool.sim.worker import SimWorker
 
 WAKE, PULLED, ARRIVE, CALL = 0, 1, 2, 3
-SEND, SHOW, FINISH, REFUSE, IGNORE = 0, 1, 2, 3, 4
-KINDS: dict[type, tuple[int, int]] = {  # action -> (what to do, its number in the digest)
-    ev.SendReserve: (SEND, 1), ev.SendPrefill: (SEND, 2), ev.SendPull: (SEND, 3), ev.SendDecode: (SEND, 4),
-    ev.SendRelease: (SEND, 5), ev.SendCancel: (SEND, 6), ev.Show: (SHOW, 7), ev.Finish: (FINISH, 8),
-    ev.Refuse: (REFUSE, 9), ev.SendRenew: (IGNORE, 10),
+NUMBERS: dict[type, int] = {  # of actions in the digest; leases never run out here, so renewals are left out
+    ev.SendReserve: 1, ev.SendPrefill: 2, ev.SendPull: 3, ev.SendDecode: 4, ev.SendRelease: 5, ev.SendCancel: 6,
+    ev.Show: 7, ev.Finish: 8, ev.Refuse: 9,
 }  # fmt: skip
+SENT = (ev.SendReserve, ev.SendPrefill, ev.SendPull, ev.SendDecode, ev.SendRelease, ev.SendCancel)
+LOSSES = (ev.WorkerLost, ev.AttemptLost)
+ENDS = (ev.Finish, ev.Refuse)
+Sent = ev.SendReserve | ev.SendPrefill | ev.SendPull | ev.SendDecode | ev.SendRelease | ev.SendCancel
 
 
 class SimulationError(TwinpoolError):
@@ -87,10 +90,10 @@ class Loop:
         self.tick = math.inf  # when the core wants one
         self.record = Recorder(len(outputs))
         self.workers: dict[int, SimWorker] = {}
-        self.down: deque[tuple[float, ev.Action]] = deque()
+        self.down: deque[tuple[float, Sent]] = deque()
         self.up: deque[tuple[float, ev.Event]] = deque()
         self.kv_news: deque[tuple[float, ev.KvChanged]] = deque()
-        self.heap: list[tuple[float, int, int, int, object]] = []
+        self.heap: list[tuple[float, int, int, int, Any]] = []
         self.runs: list[Runs] = []  # of all workers that ever were
         self.run_of: dict[int, int] = {}  # worker -> index of its own
         self.wakes: dict[int, float] = {}  # worker -> the one valid time
@@ -146,7 +149,7 @@ class Loop:
             gone.stop(now)
             self.tell(ev.WorkerLost(worker), now)
 
-    def push(self, when: float, kind: int, a: int, b: object) -> None:
+    def push(self, when: float, kind: int, a: int, b: Any) -> None:
         """Something to do at a time."""
         self.seq += 1
         heapq.heappush(self.heap, (when, self.seq, kind, a, b))
@@ -198,8 +201,8 @@ class Loop:
             f"first {', '.join(left) or 'those not arrived'}: please report this with the trace and the flags"
         )
 
-    def _deliver(self, action: ev.Action, now: float) -> None:
-        worker = self.workers.get(action.worker)  # type: ignore[union-attr]  # only Send* actions are queued
+    def _deliver(self, action: Sent, now: float) -> None:
+        worker = self.workers.get(action.worker)
         if worker is not None:
             worker.take(action, now)
 
@@ -212,11 +215,12 @@ class Loop:
         elif kind == PULLED:
             worker = self.workers.get(a)
             if worker is not None:
-                worker.pulled(*b, now)  # type: ignore[misc]
+                attempt, first, count, nbytes, seconds = b
+                worker.pulled(attempt, first, count, nbytes, seconds, now)
         elif kind == ARRIVE:
             self._arrive(a, now)
         else:
-            b(now)  # type: ignore[operator]
+            b(now)
 
     def _arrive(self, rid: int, now: float) -> None:
         request = self.arrivals.make(rid)
@@ -227,45 +231,44 @@ class Loop:
         """One event into the core, its actions out."""
         while self.kv_news and self.kv_news[0][0] <= now:
             self.core.on(self.kv_news.popleft()[1], now)
-        kind = type(event)
-        if kind is ev.WorkerLost or kind is ev.AttemptLost:
+        if isinstance(event, LOSSES):
             self._note_loss(event)
         actions = self.core.on(event, now)
-        if kind is ev.Emitted:
+        if isinstance(event, ev.Emitted):
             self._note_token(event, now)
         for action in actions:
             self._perform(action, now)
         self.tick = self.core.next_tick()
 
     def _perform(self, action: ev.Action, now: float) -> None:
-        what, number = KINDS[type(action)]
-        if what == SEND:
-            self.record.decided(now, number, action.worker, action.attempt)  # type: ignore[union-attr]
+        if isinstance(action, SENT):
+            self.record.decided(now, NUMBERS[type(action)], action.worker, action.attempt)
             self._send(now + self.latency_s, action)
-        elif what == SHOW:
-            rid: int = action.rid  # type: ignore[union-attr]
-            self.record.decided(now, number, rid, 0)
-            self.record.shown[rid] = now
-            shown = self.core.state.requests.get(rid)
-            if shown is not None and now > shown.deadline:
-                self.missed += 1
-        elif what != IGNORE:
-            request: Request = action.request  # type: ignore[union-attr]
-            self.record.decided(now, number, request.rid, request.attempts)
+        elif isinstance(action, ev.Show):
+            self._shown(action.rid, now)
+        elif isinstance(action, ENDS):
+            request = action.request
+            self.record.decided(now, NUMBERS[type(action)], request.rid, request.attempts)
             shown_at = self.record.shown[request.rid]
             if shown_at < 0.0 or (shown_at == now and now > request.deadline):  # the latter: its only token
                 self.missed += 1
-            self._over(request, now, COMPLETED if what == FINISH else REFUSED)
+            self._over(request, now, COMPLETED if isinstance(action, ev.Finish) else REFUSED)
 
-    def _send(self, when: float, action: ev.Action) -> None:
+    def _shown(self, rid: int, now: float) -> None:
+        self.record.decided(now, NUMBERS[ev.Show], rid, 0)
+        self.record.shown[rid] = now
+        request = self.core.state.requests.get(rid)
+        if request is not None and now > request.deadline:
+            self.missed += 1
+
+    def _send(self, when: float, action: Sent) -> None:
         """What one moment sends to a worker leaves in one write: it arrives together, before what later ones get."""
         down = self.down
         if not down or down[-1][0] != when:
             down.append((when, action))
             return
-        worker: int = action.worker  # type: ignore[union-attr]
         place = len(down)
-        while place and down[place - 1][0] == when and down[place - 1][1].worker != worker:  # type: ignore[union-attr]
+        while place and down[place - 1][0] == when and down[place - 1][1].worker != action.worker:
             place -= 1
         if place and down[place - 1][0] == when:
             down.insert(place, (when, action))
@@ -298,14 +301,14 @@ class Loop:
             record.gaps.add_single(rid, now - max(record.joined[rid], record.shown[rid]))
             record.joined[rid] = now
 
-    def _note_loss(self, event: ev.Event) -> None:
+    def _note_loss(self, event: ev.WorkerLost | ev.AttemptLost) -> None:
         """Attempts end before their request does: when their last tokens came."""
         state = self.core.state
         if isinstance(event, ev.WorkerLost):
             worker = state.pool.workers.get(event.worker)
             rids = list(worker.attempts.values()) if worker is not None else []
         else:
-            request = state.by_attempt.get(event.attempt)  # type: ignore[union-attr]
+            request = state.by_attempt.get(event.attempt)
             rids = [] if request is None else [request.rid]
         record = self.record
         for rid in rids:

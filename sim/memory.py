@@ -6,8 +6,8 @@ belong to no unit (the end of a prompt, output) are anonymous: once released nob
 until they are evicted. What a sequence leaves of them is one key of its own. With units of one block all of this is
 what ``BlockPool`` does; in larger ones a unit leaves the cache with its first evicted block.
 
-Who refers to a unit refers to all before it, so along a prompt the counts never rise: the idle part of a match is its
-tail.
+Who refers to a unit refers to all before it, and leaves are evicted first. So along a prompt units are cached up to
+some point, and the counts of who refers to them never rise: both ends are found by halving.
 
 Without hashes (``unit_blocks`` 0) nothing can ever be found again, so that what is idle is as good as free: all that is
 left is one counter, and no work is done per block.
@@ -15,9 +15,9 @@ left is one counter, and no work is done per block.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
+from twinpool.sim.sequence import Sequence
 from twinpool.workers.eviction import EvictionOrder
 
 NEWS_EVERY_S = 0.020  # changes of the cache are told at multiples of this (workers/reporter.py)
@@ -26,7 +26,7 @@ KvSink = Callable[[int, list[int], list[int], float], None]
 
 def next_news(now: float) -> float:
     """When a worker sends what changed at ``now``: at the next multiple of 20 ms, never at once (reporter.py)."""
-    slot = math.floor(now / NEWS_EVERY_S) + 1
+    slot = int(now / NEWS_EVERY_S) + 1
     when = slot * NEWS_EVERY_S
     return when if when > now else (slot + 1) * NEWS_EVERY_S  # the quotient was rounded down
 
@@ -39,14 +39,15 @@ class Memory:
     """
 
     __slots__ = (
-        "_anonymous", "_due", "_fresh", "_gone", "_idle", "_idle_blocks", "_refs", "_remnant", "_removed", "_stored",
-        "_tails", "_tell", "_worker", "blocks", "free", "now", "unit_blocks",
+        "_anonymous", "_due", "_idle", "_idle_blocks", "_refs", "_remnant", "_removed", "_stored",
+        "_tails", "_tell", "_worker", "blocks", "free", "now", "peak", "unit_blocks",
     )  # fmt: skip
 
     def __init__(self, worker: int, blocks: int, unit_blocks: int, tell: KvSink) -> None:
         self.blocks = blocks
         self.unit_blocks = unit_blocks
         self.free = blocks
+        self.peak = 0  # most blocks that were taken at once
         self.now = 0.0
         self._worker = worker
         self._tell = tell
@@ -59,8 +60,6 @@ class Memory:
         self._due = -1.0  # the changes in hand are told then
         self._stored: list[int] = []
         self._removed: list[int] = []
-        self._fresh: set[int] = set()  # the same as the two lists
-        self._gone: set[int] = set()
 
     @property
     def available(self) -> int:
@@ -71,6 +70,10 @@ class Memory:
     def cached_units(self) -> int:
         """Units that can be found."""
         return len(self._refs)
+
+    def holds(self, key: int) -> bool:
+        """Whether the unit is in the cache."""
+        return key in self._refs
 
     def quiet(self) -> int:
         """So many blocks can be allocated, and perhaps more, without the prefix cache changing."""
@@ -86,17 +89,10 @@ class Memory:
 
         Returns how many units are, or -1 without room: then nothing has changed.
         """
-        refs = self._refs
         held = shared = 0
-        for key in hashes:
-            if held == limit:
-                break
-            count = refs.get(key, -1)
-            if count < 0:
-                break
-            held += 1
-            if count:
-                shared += 1
+        refs = self._refs
+        if limit and hashes[0] in refs:
+            held, shared = self._match(hashes, limit)
         size = self.unit_blocks
         if total - shared * size > self.free + self._idle_blocks:
             return -1
@@ -107,41 +103,70 @@ class Memory:
                 again = hashes[shared:held]
                 self._idle.remove_all(again)
                 self._idle_blocks -= (held - shared) * size
-                for key in again:
-                    refs[key] = 1
+                refs.update(dict.fromkeys(again, 1))
         self.allocate(total - held * size)
         return held
+
+    def _match(self, hashes: list[int], limit: int) -> tuple[int, int]:
+        """Leading units that are cached, the first is, and of those the ones in use. Both by halving: see above."""
+        refs = self._refs
+        held, high = 1, limit + 1
+        while high - held > 1:
+            middle = (held + high) // 2
+            if hashes[middle - 1] in refs:
+                held = middle
+            else:
+                high = middle
+        shared, high = 0, held + 1
+        while high - shared > 1:
+            middle = (shared + high) // 2
+            if refs[hashes[middle - 1]]:
+                shared = middle
+            else:
+                high = middle
+        return held, shared
 
     def allocate(self, count: int) -> None:
         """Takes blocks, evicting idle ones when out of free ones. There must be so many."""
         if count <= self.free:
             self.free -= count
-            return
-        count -= self.free
-        self.free = 0
+        else:
+            self._evict(count - self.free)
+            self.free = 0
+        taken = self.blocks - self.free - self._idle_blocks
+        if taken > self.peak:
+            self.peak = taken
+
+    def _evict(self, count: int) -> None:
         assert count <= self._idle_blocks, f"{count} blocks wanted, {self._idle_blocks} idle"
         self._idle_blocks -= count
         count -= self._remnant
+        idle, refs, size = self._idle, self._refs, self.unit_blocks
+        gone: list[int] = []
         while count > 0:
-            key = self._idle.pop()
+            key = idle.pop()
             if key < 0:
                 count -= self._tails.pop(key)
             else:
-                del self._refs[key]
-                self._note_removed(key)
-                count -= self.unit_blocks
+                del refs[key]
+                gone.append(key)
+                count -= size
         self._remnant = -count
+        if gone:
+            self._note_removed(gone)
 
-    def seal(self, hashes: list[int], first: int, end: int) -> int:
-        """Units ``first`` to ``end - 1`` of a sequence are final: they enter the cache.
-
-        Returns how many blocks that makes needless, because others had the same units there before: the caller gives
-        them back with ``give``.
-        """
+    def seal(self, sequence: Sequence, units: int) -> None:
+        """The leading units of a sequence are final: they enter the cache, or are dropped for those there before."""
+        hashes, first = sequence.hashes, sequence.sealed
+        sequence.sealed = units
         refs = self._refs
-        new: list[int] = []
-        double = 0
-        for i in range(first, end):
+        if hashes[first] not in refs:  # then none after it is
+            new = hashes[first:units]
+            refs.update(dict.fromkeys(new, 1))
+            self._note_stored(new)
+            return
+        new = []
+        for i in range(first, units):
             key = hashes[i]
             count = refs.get(key, -1)
             if count < 0:
@@ -152,42 +177,39 @@ class Memory:
                 self._idle.remove(key)
                 self._idle_blocks -= self.unit_blocks
             refs[key] = count + 1
-            double += self.unit_blocks
+            self.free += self.unit_blocks
         if new:
             self._note_stored(new)
-        return double
 
-    def give(self, blocks: int) -> None:
-        """These hold nothing that anybody could want."""
-        self.free += blocks
-
-    def release(self, hashes: list[int], sealed: int, full: int, blocks: int) -> None:
-        """Gives back all of a sequence: its first ``sealed`` units, anonymous blocks up to ``full``, and the rest."""
+    def release(self, sequence: Sequence) -> None:
+        """Gives back all of a sequence: its sealed units, anonymous blocks up to ``full``, and the rest."""
         size = self.unit_blocks
         if not size:
-            self.free += blocks
+            self.free += sequence.blocks
             return
-        tail = full - sealed * size
-        self.free += blocks - full
+        self.free += sequence.blocks - sequence.full
+        sealed = sequence.sealed
+        tail = sequence.full - sealed * size
         idle = self._idle
         if tail > 0:
             self._anonymous -= 1
             self._tails[self._anonymous] = tail
             self._idle_blocks += tail
             idle.add(self._anonymous)
-        refs = self._refs
-        i = sealed - 1
-        while i >= 0:
-            key = hashes[i]
-            count = refs[key] - 1
-            refs[key] = count
-            if count:
-                break
-            idle.add(key)
-            i -= 1
-        self._idle_blocks += (sealed - 1 - i) * size
-        for j in range(i):
-            refs[hashes[j]] -= 1
+        if not sealed:
+            return
+        refs, mine = self._refs, sequence.hashes[:sealed]
+        mine.reverse()
+        if refs[mine[-1]] > 1:  # others use the first of them, and perhaps more
+            alone = 0
+            while refs[mine[alone]] == 1:
+                alone += 1
+            for key in mine[alone:]:
+                refs[key] -= 1
+            del mine[alone:]
+        refs.update(dict.fromkeys(mine, 0))
+        idle.add_all(mine)
+        self._idle_blocks += len(mine) * size
 
     def forget(self) -> None:
         """The worker is dead: what it has not told yet nobody hears."""
@@ -198,33 +220,31 @@ class Memory:
     # --- news ----------
 
     def _open(self) -> None:
-        """Where the changes in hand are told already, begin the next ones."""
-        if self.now < self._due:
-            return
-        # A worker never reports at once (workers/reporter.py), so lists that were read are not written to any more.
+        """The changes in hand are told already: begin the next ones."""
+        # A worker never reports at once, so lists that were read are not written to any more.
         self._due = next_news(self.now)
         self._stored, self._removed = [], []
-        self._fresh, self._gone = set(), set()
         self._tell(self._worker, self._stored, self._removed, self._due)
 
     def _note_stored(self, keys: list[int]) -> None:
-        self._open()
-        gone = self._gone
-        if gone:
-            again = [key for key in keys if key in gone]
-            for key in again:
-                gone.discard(key)
-                self._removed.remove(key)
-            if again:
-                keys = [key for key in keys if key not in again]
+        if self.now >= self._due:
+            self._open()
+        if self._removed:
+            keys = _take_back(keys, self._removed)
         self._stored += keys
-        self._fresh.update(keys)
 
-    def _note_removed(self, key: int) -> None:
-        self._open()
-        if key in self._fresh:
-            self._fresh.discard(key)
-            self._stored.remove(key)
-        else:
-            self._gone.add(key)
-            self._removed.append(key)
+    def _note_removed(self, keys: list[int]) -> None:
+        if self.now >= self._due:
+            self._open()
+        if self._stored:
+            keys = _take_back(keys, self._stored)
+        self._removed += keys
+
+
+def _take_back(keys: list[int], undone: list[int]) -> list[int]:
+    """Takes out of ``undone`` what ``keys`` do again; returns the others."""
+    again = set(undone).intersection(keys)
+    if not again:
+        return keys
+    undone[:] = [key for key in undone if key not in again]
+    return [key for key in keys if key not in again]

@@ -12,7 +12,10 @@ from twinpool.router.request import Request
 class Net(Protocol):
     """Times are seconds of the virtual clock."""
 
-    outputs: Sequence[int]  # output tokens that request ``rid`` really has
+    @property
+    def outputs(self) -> Sequence[int]:
+        """Output tokens that request ``rid`` really has, by rid."""
+        ...
 
     def tell(self, event: ev.Event, now: float) -> None:
         """The router hears of it, in the order of telling."""

@@ -1,7 +1,7 @@
 """How many prefill and decode workers a trace needs, from means alone: where the search for the best split begins.
 
-Symbols: lambda requests a second, P and D workers, n prompt and o output tokens, c = E[(n + o/2)*o] / E[o] tokens in KV
-of a sequence while it decodes, b sequences in a batch, tau = T_d(b, b*c) seconds of a step (scheduling.md, Pool ratio)::
+Symbols: lambda requests a second, P and D workers, n prompt and o output tokens, c = E[(n + o/2)*o] / E[o] tokens that
+a sequence has in KV while it decodes, b sequences in a batch, tau = T_d(b, b*c) seconds of a step::
 
     prefill    lambda <= P * rho_p / E[T_p(n - ideal prefix hits)]
     decode     lambda <= D * rho_d * b / (E[o - 1] * tau),   b the largest with tau <= 0.9 * ITL SLO and
@@ -44,9 +44,7 @@ class Ratio:
 
     def order(self, workers: int) -> list[int]:
         """All numbers of prefill workers, the most promising first; equal ones as far as possible from either end."""
-        return sorted(
-            range(1, workers), key=lambda p: (-self.rate(p, workers - p), abs(2 * p - workers), p)
-        )
+        return sorted(range(1, workers), key=lambda p: (-self.rate(p, workers - p), abs(2 * p - workers), p))
 
 
 def ratio_of(trace: Trace, settings: Settings) -> Ratio:
@@ -60,12 +58,16 @@ def ratio_of(trace: Trace, settings: Settings) -> Ratio:
     cost: Cost = profile.fit if settings.closed_form else profile.cost
     n = min(len(trace), SAMPLE)
     prompts, outputs = trace.prompt[:n], trace.output[:n]
-    work = sum(cost.prefill(p - hits, hits, settings.chunk_tokens) for p, hits in zip(prompts, _hits(trace, n), strict=True))
+    work = sum(
+        cost.prefill(p - hits, hits, settings.chunk_tokens) for p, hits in zip(prompts, _hits(trace, n), strict=True)
+    )
     rates = (settings.link_bytes_per_s or profile.link_bytes_per_s) * LINK_SHARE
     sent = sum(prompts) * profile.kv_bytes_per_token
     return Ratio(
         prefill=n * RHO_PREFILL / work,
-        decode=_decode_rate(cost, settings, prompts.tolist(), outputs.tolist(), settings.kv_tokens or profile.kv_tokens),
+        decode=_decode_rate(
+            cost, settings, prompts.tolist(), outputs.tolist(), settings.kv_tokens or profile.kv_tokens
+        ),
         link=n * rates / sent,
     )
 

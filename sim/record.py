@@ -17,8 +17,8 @@ class Recorder:
     """Filled by the loop; read by ``replay`` when all is over. Columns are indexed by rid."""
 
     __slots__ = (
-        "arrival", "cached", "decode", "digest", "ended", "gaps", "itl_limit", "joined", "kv_bytes", "latest",
-        "outcome", "path", "prefill", "reasons", "shown", "transferred", "ttft_limit", "unloaded", "_hash", "_log",
+        "_hash", "_log", "arrival", "cached", "decode", "digest", "ended", "gaps", "itl_limit", "joined", "kv_bytes",
+        "latest", "outcome", "path", "prefill", "reasons", "shown", "transferred", "ttft_limit", "unloaded",
     )  # fmt: skip
 
     def __init__(self, requests: int) -> None:

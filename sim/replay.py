@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from time import perf_counter
 
@@ -183,10 +183,14 @@ def result_of(loop: Loop, trace: Trace, settings: Settings) -> Result:
     record = loop.record
     gaps = request_gaps(loop.runs, record.gaps, len(trace))
     edge_s = settings.edge_s
+
+    def at_edge(times: Sequence[float]) -> Sequence[float]:
+        """Of tokens that come through the router's edge."""
+        return [when + edge_s if when >= 0.0 else when for when in times] if edge_s else times
+
     columns = Columns(
-        arrival=record.arrival,
-        shown=[shown + edge_s if shown >= 0.0 else shown for shown in record.shown] if edge_s else record.shown,
-        ended=record.ended, prompt=trace.prompt, output=trace.output, cached=record.cached, prefill=record.prefill,
+        arrival=record.arrival, shown=at_edge(record.shown), ended=at_edge(record.ended), prompt=trace.prompt,
+        output=trace.output, cached=record.cached, prefill=record.prefill,
         decode=record.decode, path=record.path, outcome=record.outcome, itl=gaps.worst, max_gap=gaps.longest,
         unloaded=record.unloaded, kv_bytes=record.kv_bytes, transfer_s=record.transferred,
         ttft_limit=record.ttft_limit, itl_limit=record.itl_limit, tenant=trace.tenant, klass=trace.klass,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from twinpool.errors import ConfigError
-from twinpool.sim.bound import bound_capacity
 from twinpool.sim.profiles import load_profile
 from twinpool.sim.result import Summary
 from twinpool.sim.search import Job, Runner, capacities, runner, splits
@@ -23,11 +23,13 @@ from twinpool.sim.settings import Settings
 from twinpool.sim.trace import Trace
 from twinpool.sim.trace import speed as faster
 
-LOADS = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)  # of the best capacity, or where none is known of the speed
-TOLERANCE = 0.03  # of capacities
+LOADS = (0.4, 0.7, 0.9, 1.0, 1.15, 1.4)  # of the best capacity, or where none is known of the speed
+TOLERANCE = 0.02  # of capacities
+COARSE = 0.05  # of those in the ratio curve
 
 Progress = Callable[[str, float | None], AbstractContextManager[Callable[[float], None]]]
 Chosen = Sequence[tuple[str, Settings]]
+Bounds = dict[str, Future[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +113,12 @@ def gather(trace: Trace, chosen: Chosen, plan: Plan, progress: Progress, version
     if plan.loads or plan.splits:
         with runner(trace, plan.processes) as made:
             try:
-                ceilings, ratio = _ceilings(made, trace, chosen, plan, progress, notices)
+                ceilings = _ceilings(made, chosen, plan, progress)
+                cut = _splits(chosen[0][1], plan, notices) if plan.splits else []
+                ratio = _ratio(made, cut, ceilings[0], plan, progress) if cut else []
             except ConfigError as error:
-                notices.append(f"Capacities, and with them the ratio curve, are left out: {error.message}.")
+                left = "The ratio curve is" if ceilings else "Capacities are"
+                notices.append(f"{left} left out: {error.message}.")
             if plan.loads:
                 curves = _loads(made, chosen, _speeds(ceilings, plan), progress)
     return Report(trace.name, rate, plan, runs, ceilings, ratio, curves, notices, versions)
@@ -129,40 +134,48 @@ def _observed(trace: Trace, chosen: Chosen, plan: Plan, progress: Progress) -> l
     return runs
 
 
-def _ceilings(
-    made: Runner, trace: Trace, chosen: Chosen, plan: Plan, progress: Progress, notices: list[str]
-) -> tuple[list[Ceiling], list[Ceiling]]:
-    """Capacities of all that was chosen, and of every split for the first of it."""
-    cut = _splits(chosen[0][1], plan, notices) if plan.splits else []
-    wanted = [settings for _, settings in chosen]
-    wanted += [settings for settings in cut if settings not in wanted]
+def _ceilings(made: Runner, chosen: Chosen, plan: Plan, progress: Progress) -> list[Ceiling]:
+    """Capacities of all that was chosen."""
+    settings = [each for _, each in chosen]
     with progress("capacities", None) as bar:
-        tried = 0
+        bounds = _bounds(made, settings, plan)
+        found = capacities(made, settings, plan.target, start=plan.speed, tolerance=TOLERANCE, step=_counter(bar))
+    return [_made(label, each, at.speed, bounds) for (label, each), at in zip(chosen, found, strict=True)]
 
-        def step(low: float, high: float) -> None:
-            nonlocal tried
-            tried += 1
-            bar(tried)
 
-        found = capacities(made, wanted, plan.target, start=plan.speed, tolerance=TOLERANCE, step=step)
-        bounds = {_fleet(settings): bound_capacity(trace, settings, plan.target) for settings in _fleets(wanted)}
-    speeds = [(settings, each.speed) for settings, each in zip(wanted, found, strict=True)]
+def _ratio(made: Runner, cut: Sequence[Settings], known: Ceiling, plan: Plan, progress: Progress) -> list[Ceiling]:
+    """Capacities of every split, looked for around the one that is known."""
+    with progress("splits", None) as bar:
+        bounds = _bounds(made, cut, plan)
+        found = capacities(made, cut, plan.target, start=known.speed, tolerance=COARSE, step=_counter(bar))
+    return [_made(known.label, each, at.speed, bounds) for each, at in zip(cut, found, strict=True)]
 
-    def ceiling(label: str, settings: Settings) -> Ceiling:
-        at = next(value for known, value in speeds if known == settings)
-        return Ceiling(label, settings.prefill, settings.decode, settings.both, at, bounds[_fleet(settings)])
 
-    first = chosen[0][0]
-    return [ceiling(label, settings) for label, settings in chosen], [ceiling(first, settings) for settings in cut]
+def _made(label: str, settings: Settings, speed: float, bounds: Bounds) -> Ceiling:
+    return Ceiling(label, settings.prefill, settings.decode, settings.both, speed, bounds[_fleet(settings)].result())
+
+
+def _counter(bar: Callable[[float], None]) -> Callable[[float, float], None]:
+    """Shows how many runs a search has made."""
+    tried = 0
+
+    def step(low: float, high: float) -> None:
+        nonlocal tried
+        tried += 1
+        bar(tried)
+
+    return step
+
+
+def _bounds(made: Runner, wanted: Sequence[Settings], plan: Plan) -> Bounds:
+    """The bound for each of them by ``_fleet``, worked out beside whatever else is run."""
+    fleets = {_fleet(settings): settings for settings in wanted}
+    return {fleet: made.bound(settings, plan.target) for fleet, settings in fleets.items()}
 
 
 def _fleet(settings: Settings) -> str:
     """What the bound depends on: everything but the policy."""
     return repr(replace(settings, policy="", parameters={}))
-
-
-def _fleets(wanted: Sequence[Settings]) -> list[Settings]:
-    return list({_fleet(settings): settings for settings in wanted}.values())
 
 
 def _splits(settings: Settings, plan: Plan, notices: list[str]) -> list[Settings]:

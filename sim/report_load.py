@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from twinpool.sim.report import Ceiling, LoadCurve, Report
+from twinpool.sim.report import COARSE, TOLERANCE, Ceiling, LoadCurve, Report
 from twinpool.sim.report_axes import NONE, Axis, linear, milliseconds, percent, plain
 from twinpool.sim.report_page import Section, Table
 from twinpool.sim.report_svg import Bar, Caption, Line, Rule, bar_chart, line_chart
@@ -44,7 +44,8 @@ def ceiling_section(report: Report) -> Section | None:
     chart = bar_chart(Caption("capacity", "Capacity by policy, and the bound", told), axis, bars)
     intro = (
         f"The largest speed-up of the trace at which {percent(report.plan.target)} of requests still meet their SLO, "
-        "found to 3 %. No policy can do more than the clairvoyant bound, the thick line; not all of it can be had."
+        f"found to {percent(TOLERANCE, 0)}. No policy can do more than the clairvoyant bound, the thick line; how much "
+        "of it can be had is not known."
     )
     return Section("capacity", "Capacity", intro, [(chart, "")], _ceiling_table(report, report.ceilings, "policy"))
 
@@ -86,13 +87,19 @@ def ratio_section(report: Report) -> Section | None:
         Line("clairvoyant bound", x, bounds, len(report.runs), marks),
     ]
     best = max(ratio, key=lambda each: each.speed)
-    axis = Axis(f"prefill workers, of {workers}", min(0.5, x[0]), max(workers - 0.5, 1.5), _whole)
+    axis = Axis(
+        f"prefill workers, of {workers}",
+        min(0.5, x[0]),
+        max(workers - 0.5, 1.5),
+        _whole,
+        step=1.0 if workers <= 24 else 0.0,
+    )
     y = linear("capacity, times the trace's own speed", [found, bounds], plain)
     told = f"The best split is {_split_name(best)} with {plain(best.speed)} times the trace's speed."
     chart = line_chart(Caption("ratio", "Capacity by split", told), axis, y, lines)
     intro = (
         f"How many of {workers} workers should prefill: the capacity of every split under {ratio[0].label}, found to "
-        "3 %, and the bound of each. A narrow peak means that the split must follow the traffic."
+        f"{percent(COARSE, 0)}, and the bound of each. A narrow peak means that the split must follow the traffic."
     )
     return Section("ratio", "Prefill to decode", intro, [(chart, told)], _ceiling_table(report, ratio, "split"))
 
@@ -107,13 +114,13 @@ def load_section(report: Report) -> Section | None:
         return None
     rate, gpus = report.rate, report.runs[0].summary["gpus"]
     unit = rate if rate is not None else 1.0
-    speeds = np.array([speed for speed, _ in report.loads[0].points])
     lines = [_load_line(curve, i, unit) for i, curve in enumerate(report.loads)]
-    if rate is not None:
-        lines.append(Line("everything that is offered", speeds * rate, speeds * rate / gpus, len(lines)))
     x = linear("requests offered a second" if rate is not None else "times the trace's own speed",
                [line.x for line in lines], plain)  # fmt: skip
-    y = linear("goodput a GPU, requests/s", [line.y for line in lines[: len(report.loads)]], plain)
+    y = linear("goodput a GPU, requests/s", [line.y for line in lines], plain)
+    if rate is not None:  # up to where it leaves the picture
+        ideal = np.array([0.0, min(x.high, y.high * gpus)])
+        lines.append(Line("everything that is offered", ideal, ideal / gpus, len(lines)))
     told = " ".join(
         f"{curve.label}: at most {plain(_best(curve))} requests a second and GPU." for curve in report.loads
     )

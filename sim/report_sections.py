@@ -205,7 +205,7 @@ def _course_section(report: Report) -> Section:
     return Section("course", "Attainment over time", intro, [(chart, "")], Table(RANGE_HEAD, rows))
 
 
-RANGE_HEAD = ["policy", "whole run", "worst bin", "half of the bins above", "best bin"]
+RANGE_HEAD = ["policy", "whole run", "worst bin", "median bin", "best bin"]
 
 
 def _range_row(label: str, course: Floats, whole: float | None) -> list[str]:

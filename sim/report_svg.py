@@ -174,7 +174,7 @@ def _rule(rule: Rule, to_x: Formatter, to_y: Formatter, top: float, bottom: floa
         path = f"M{number(place)} {number(top)}V{number(bottom)}"
         left = place + LETTER * len(rule.label) + 8 < WIDTH - RIGHT
         side, at = ("start", place + 5) if left else ("end", place - 5)
-        words = f'<text class="{side} rule-name" x="{number(at)}" y="{number(top + 12)}">{text(rule.label)}</text>'
+        words = f'<text class="{side} rule-name" x="{number(at)}" y="{number(bottom - 8)}">{text(rule.label)}</text>'
     else:
         place = float(to_y(rule.value))
         path = f"M{number(LEFT)} {number(place)}H{number(WIDTH - RIGHT)}"

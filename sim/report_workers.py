@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,23 @@ from twinpool.sim.series import KINDS, Series
 MOST_ROWS = 40  # of a strip chart: neighbours of more workers are drawn together, as their mean
 MINUTES_FROM_S = 600.0
 EVERY = 12
+
+
+class AtWorkers(NamedTuple):
+    """A kind of queue before workers: which of them have one, and its rows."""
+
+    name: str
+    title: str
+    role: str
+    rows: Callable[[Series], Floats]
+
+
+QUEUES = (
+    AtWorkers("waiting-at", "Requests without a first token, by the worker that computed their prompt", "prefill",
+              lambda run: run.waiting_at),
+    AtWorkers("decoding-at", "Requests that decode, by the worker they decode on", "decode",
+              lambda run: run.decoding_at),
+)  # fmt: skip
 
 
 def time_axis(report: Report) -> Axis:
@@ -50,12 +68,12 @@ def queue_section(report: Report) -> Section:
         (_queue_lines(report, "decoding", "requests that decode", lambda run: run.decoding),
          "Requests that were shown a token and are not over."),
     ]  # fmt: skip
-    most = max(float(run.queues.max(initial=0.0)) for run in report.runs)
-    charts += [(_queue_strips(report, i, run, most), _STRIP_NOTE) for i, run in enumerate(report.runs)]
+    for queue in QUEUES:
+        most = max(float(queue.rows(run).max(initial=0.0)) for run in report.runs)
+        charts += [(_queue_strips(report, queue, i, most), f"{queue.title}.") for i in range(len(report.runs))]
     intro = (
-        "Where requests pile up. Lengths are means over a bin of time. In the strips a row is a worker: what waits for "
-        "its first token counts for the worker that computes its prompt, what decodes for the worker it decodes on, "
-        "both for that of its last attempt."
+        "Where requests pile up: lengths are means over a bin of time. In the strips a row is a worker, the darker the "
+        "more requests, and behind it is its mean over the run; a request counts for the worker of its last attempt."
     )
     rows = [
         [
@@ -66,9 +84,6 @@ def queue_section(report: Report) -> Section:
     ]
     head = ["policy", "waiting, mean", "waiting, fullest bin", "decoding, mean", "decoding, fullest bin"]
     return Section("queues", "Queues over time", intro, charts, Table(head, rows))
-
-
-_STRIP_NOTE = "The darker, the more requests; behind each row its mean over the run."
 
 
 def _queue_lines(report: Report, name: str, title: str, values: Callable[[Series], Floats]) -> str:
@@ -84,16 +99,20 @@ def _queue_lines(report: Report, name: str, title: str, values: Callable[[Series
     return line_chart(Caption(name, title, told), time_axis(report), y, lines, height=240.0)
 
 
-def _queue_strips(report: Report, i: int, run: Series, most: float) -> str:
-    names, rows = folded(run.workers, run.queues)
-    scale = most or 1.0
+def _queue_strips(report: Report, queue: AtWorkers, i: int, most: float) -> str:
+    """A row for each worker of the role, and any other that had such requests. ``most``: what full shade means."""
+    run = report.runs[i]
+    rows = queue.rows(run)
+    workers = run.summary["workers"]
+    used = [at for at, worker in enumerate(workers) if queue.role in worker["roles"].split("+") or rows[at].any()]
+    names, kept = folded([run.workers[at] for at in used], rows[used])
     strips = [
-        Strip(name, row / scale, f"mean {plain(float(row.mean()))}") for name, row in zip(names, rows, strict=True)
+        Strip(name, row / (most or 1.0), f"mean {plain(float(row.mean()))}")
+        for name, row in zip(names, kept, strict=True)
     ]
     told = ", ".join(f"{strip.label} {strip.written}" for strip in strips)
-    caption = Caption(f"queue-{i}", f"Requests at each worker over time, {run.label}", told)
-    head = f"{run.label}: 0 requests"
-    return strip_chart(caption, _own_axis(report, run), strips, (head, f"{plain(most)} requests"))
+    caption = Caption(f"{queue.name}-{i}", f"{queue.title}: {run.label}", told)
+    return strip_chart(caption, _own_axis(report, run), strips, (f"{run.label}: none", f"{plain(most)} requests"))
 
 
 def utilisation_section(report: Report) -> Section | None:

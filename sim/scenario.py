@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from twinpool import config_yaml
+from twinpool.config import WorkerConfig
 from twinpool.config_load import load, parse_set
 from twinpool.errors import ConfigError
 from twinpool.sim.settings import DEFAULT_PROFILE, Failure, Settings
@@ -69,17 +70,21 @@ def with_scenario(settings: Settings, path: Path) -> Settings:
     return replace(settings, failures=tuple(Failure(e.at_s, e.what, e.worker, e.seconds) for e in scenario.events))
 
 
-def from_config(path: Path | None, sets: list[str] | None) -> Settings:
-    """Pools, SLO of the default class, chunks and limits of a cluster's YAML. Raises ConfigError."""
+def from_config(path: Path | None, sets: list[str] | None, profile: str | None = None) -> Settings:
+    """Pools, SLO of the default class, chunks and limits of a cluster's YAML, on its emulated profile or another.
+
+    An emulated worker takes the time that the closed form says, so that is what is simulated, with its KV memory; a
+    ``profile`` that is given stands for other hardware, with its own memory and measured grid. What real engines run on
+    no YAML says: the default profile, if none is given. Raises ConfigError.
+    """
     config = load(path, [parse_set(text) for text in sets or ()]).config
     slo = config.scheduling.classes[config.scheduling.default_class]
-    emulated = config.worker.engine == "emulated"
-    return Settings(
+    emulated = profile is None and config.worker.engine == "emulated"
+    settings = Settings(
         prefill=config.pools.prefill.workers,
         decode=config.pools.decode.workers,
         both=config.pools.both.workers,
-        profile=EMULATED.get(config.worker.emulated.profile, DEFAULT_PROFILE) if emulated else DEFAULT_PROFILE,
-        closed_form=emulated,
+        profile=profile or DEFAULT_PROFILE,
         parameters={"paths": config.scheduling.path},
         ttft_s=slo.ttft_ms / 1000.0,
         ttft_factor=slo.ttft_factor,
@@ -90,3 +95,17 @@ def from_config(path: Path | None, sets: list[str] | None) -> Settings:
         max_queue=config.scheduling.max_queue,
         max_queue_s=slo.max_queue_ms / 1000.0,
     )
+    return _emulated(settings, config.worker) if emulated else settings
+
+
+def _emulated(settings: Settings, worker: WorkerConfig) -> Settings:
+    """On the profile that the YAML's emulated workers imitate. Raises ConfigError where that takes no time."""
+    name = worker.emulated.profile
+    if name not in EMULATED:
+        raise ConfigError(
+            f"worker.emulated.profile is {name}, whose steps take no time, so there is nothing to simulate: give "
+            f"--profile, or one of {', '.join(EMULATED)}"
+        )
+    memory = worker.kv_memory_mib
+    blocks = 0 if memory is None else max(1, (memory << 20) // worker.emulated.block_bytes)  # 0: the profile's
+    return replace(settings, profile=EMULATED[name], closed_form=True, kv_tokens=blocks * worker.block_size)

@@ -5,7 +5,8 @@ settings and not of the order in which speeds were tried: the largest ``k`` that
 that was seen to miss it. Assumed is that what meets the target at one speed does so at lower ones; where that does not
 hold there are several such ``k``, and which is found may depend on the number of processes.
 
-A run that cannot meet the target any more is cut short. How far it came says about how many misses it would have had,
+A run that cannot meet the target any more is cut short: first tokens are counted as they are late, gaps are looked at
+now and then. How far it came says about how many misses it would have had,
 and the logarithm of misses is nearly straight in that of the speed around a capacity: so the next speed is where the
 line through both ends of the bracket crosses the target (false position), or the middle where that did not help.
 """
@@ -24,12 +25,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from twinpool.errors import ConfigError, TwinpoolError
 from twinpool.sim.bound import bound_capacity
+from twinpool.sim.loop import Loop
 from twinpool.sim.replay import build, replay, result_of, run
 from twinpool.sim.settings import Settings
-from twinpool.sim.trace import Trace, speed
+from twinpool.sim.trace import Trace, slice_time, speed
 
 TOLERANCE = 0.005  # a step of the grid
 FARTHEST = 1668  # steps: 4,096 times as fast or as slow
+LOOKS = 5  # at gaps, in a run that may be cut short
 JUMP = 16  # steps, of the first move towards a bracket: 8 %
 UNSERVABLE = "KV_TOO_SMALL"  # the core's reason for refusing what no worker can hold
 
@@ -67,11 +70,15 @@ def allowed_misses(requests: int, target: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run in another process: settings, speed-up, and the attainment below which it may be cut short; 0: never."""
+    """One run in another process: settings, speed-up, and the attainment below which it may be cut short; 0: never.
+
+    ``window``: only what arrives from its first to before its second (seconds at the trace's own speed); None: all.
+    """
 
     settings: Settings
     speed: float = 1.0
     target: float = 0.0
+    window: tuple[float, float] | None = None
 
 
 class Trial(NamedTuple):
@@ -100,20 +107,45 @@ def trial(trace: Trace, settings: Settings, target: float = 0.0) -> Trial:
     """One run in this process, cut short as soon as ``target`` cannot be met any more."""
     n = len(trace)
     loop = build(trace, settings)
-    loop.spare_misses = allowed_misses(n, target) if target > 0.0 else n
+    if target > 0.0:
+        loop.spare_misses = allowed_misses(n, target)
+        loop.watch = _look_at_gaps(loop, trace, settings)
     run(loop)
-    unservable = loop.record.reasons.get(UNSERVABLE, 0)
-    if loop.missed > loop.spare_misses:
-        return Trial(n, loop.missed, loop.done / n, unservable)
-    return Trial(n, n - int(result_of(loop, trace, settings).columns.attained().sum()), 1.0, unservable)
+    misses = _missed(loop, trace, settings)
+    if loop.done < n:
+        misses = max(misses, loop.missed)  # this counts late first tokens of requests that are not over, too
+    return Trial(n, misses, loop.done / n, loop.record.reasons.get(UNSERVABLE, 0))
+
+
+def _missed(loop: Loop, trace: Trace, settings: Settings) -> int:
+    """Requests that are over and missed their SLO."""
+    return loop.done - int(result_of(loop, trace, settings).columns.attained().sum())
+
+
+def _look_at_gaps(loop: Loop, trace: Trace, settings: Settings) -> Callable[[int, float], None]:
+    """Stops the loop, at one of a few looks, where more have missed either SLO than may."""
+    looks = [len(trace) * (i + 1) // (LOOKS + 1) for i in range(LOOKS)]
+
+    def look(done: int, now: float) -> None:
+        if looks and done >= looks[0]:
+            del looks[0]
+            if _missed(loop, trace, settings) > loop.spare_misses:
+                loop.spare_misses = -1
+
+    return look
+
+
+def _taken(job: Job) -> Trace:
+    trace = _shared[0] if job.window is None else slice_time(_shared[0], *job.window)
+    return speed(trace, job.speed)
 
 
 def _trial(job: Job) -> Trial:
-    return trial(speed(_shared[0], job.speed), job.settings, job.target)
+    return trial(_taken(job), job.settings, job.target)
 
 
 def _summary(job: Job) -> dict[str, Any]:
-    return replay(speed(_shared[0], job.speed), job.settings).summary()
+    return replay(_taken(job), job.settings).summary()
 
 
 def _bound(job: Job) -> float:
@@ -224,11 +256,11 @@ class Search:
         if self.low is not None and self.high is not None:
             return self._inside(self.low, self.high, count)
         if self.low is None and self.high is None:
-            return _on_grid(self.start + self.jump * (i - (count - 1) // 2) for i in range(count))
-        jump = self.jump << max(0, len(self.trials) - 1)
+            return _on_grid(self.start + self.jump * (i - count // 2) for i in range(count))
+        stride = max(self.jump, max(self.trials) - min(self.trials))  # so far: it doubles
         if self.high is None and self.low is not None:
-            return _on_grid(self.low + jump * ((1 << i + 1) - 1) for i in range(count))
-        return _on_grid((self.high or 0) - jump * ((1 << i + 1) - 1) for i in range(count))
+            return _on_grid(self.low + stride * ((1 << i + 1) - 1) for i in range(count))
+        return _on_grid((self.high or 0) - stride * ((1 << i + 1) - 1) for i in range(count))
 
     def _inside(self, low: int, high: int, count: int) -> list[int]:
         width = high - low
@@ -253,13 +285,13 @@ class Search:
                     f"{target:.4g} of them can never meet the SLO: leave them out, or give workers more memory"
                 )
             return (
-                f"even {speed_of(-FARTHEST):.2g} times the trace's own speed misses the SLO for more than {1 - target:.4g} "
-                "of the requests: these workers cannot meet it; `twinpool sim replay --speed` shows unloaded latencies"
+                f"even {speed_of(-FARTHEST):.2g} times the trace's own speed misses the SLO for more than "
+                f"{1 - target:.4g} of the requests: these workers cannot; `twinpool sim replay` shows by how much"
             )
         if self.high is None:
             return (
-                f"more than {speed_of(FARTHEST):.0f} times the trace's own speed meets the SLO: the trace is too small to "
-                "load these workers; give a longer one"
+                f"more than {speed_of(FARTHEST):.0f} times the trace's own speed meets the SLO: the trace is too small "
+                "to load these workers; give a longer one"
             )
         return None
 
@@ -270,13 +302,13 @@ def _on_grid(places: Iterator[int]) -> list[int]:
 
 def narrow(
     made: Runner, searches: Sequence[Search], target: float, stride: int = 1,
-    step: Callable[[Search], None] | None = None,
+    step: Callable[[Search], None] | None = None, window: tuple[float, float] | None = None,
 ) -> None:  # fmt: skip
     """Run until each bracket is at most ``stride`` steps wide. Rounds: what is tried never depends on timing."""
     while waiting := [search for search in searches if not search.done(stride)]:
         width = max(1, made.processes // len(waiting))
         tries = [(search, k) for search in waiting for k in search.next_places(width)]
-        trials = made.trials([Job(search.settings, speed_of(k), target) for search, k in tries])
+        trials = made.trials([Job(search.settings, speed_of(k), target, window) for search, k in tries])
         for search in waiting:
             search.take({k: found for (other, k), found in zip(tries, trials, strict=True) if other is search})
             if step is not None:

@@ -42,6 +42,8 @@ class BusyLog:
 
     def add(self, worker: int, start: float, end: float, kind: str) -> None:
         """A worker computed from ``start`` to ``end``. Raises ValueError for a kind that there is not."""
+        if kind not in KINDS:
+            raise ValueError(f"a step is one of {', '.join(KINDS)}, not {kind}")
         self._workers.append(worker)
         self._starts.append(start)
         self._ends.append(end)
@@ -60,7 +62,8 @@ class ObservedWorker(SimWorker):
     """An emulated worker that notes when it computed; otherwise the same, to the last decision.
 
     A worker's steps are over at a wake or at its death, and then they are in its totals: what these grew by is one
-    stretch that ends there (the last one of a worker that dies is placed late by less than a step).
+    stretch that ends there. Only the last one of a worker that dies is placed late, by less than a step, and that of a
+    worker that stalls, whose totals leave the stall out, by as much as it stalled.
     """
 
     __slots__ = ("_log", "_told")
@@ -104,7 +107,8 @@ class Series:
     cached: Floats  # by time of arrival, of the prompt tokens of completed requests
     waiting: Floats  # requests that have arrived and were not shown a token
     decoding: Floats  # requests that were shown a token and are not over
-    queues: Floats  # a row a worker: requests that wait for it or decode on it
+    waiting_at: Floats  # a row a worker: of the waiting requests, those whose prompt it computed in the end
+    decoding_at: Floats  # a row a worker: of the decoding requests, those that decoded on it in the end
     busy: Floats | None  # a row a worker: share of time in steps; None: not known
 
     @property
@@ -146,7 +150,8 @@ def series_of(label: str, result: Result, log: BusyLog | None = None) -> Series:
         label, result.figures(), edges - start, distribution(columns.ttft()[completed]), np.array(itl, np.float64),
         distribution(columns.transfer_s[moved]), _attained(columns, edges), _cached(columns, edges),
         lengths(*waiting.all(), edges), lengths(*decoding.all(), edges),
-        np.array([waiting.of(worker, edges) + decoding.of(worker, edges) for worker in workers]), busy,
+        np.array([waiting.of(worker, edges) for worker in workers]),
+        np.array([decoding.of(worker, edges) for worker in workers]), busy,
     )  # fmt: skip
 
 

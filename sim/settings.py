@@ -73,6 +73,4 @@ class Settings:
 
     def roles(self) -> list[tuple[str, ...]]:
         """Roles of the workers, by id."""
-        return (
-            [("prefill",)] * self.prefill + [("decode",)] * self.decode + [("prefill", "decode")] * self.both
-        )
+        return [("prefill",)] * self.prefill + [("decode",)] * self.decode + [("prefill", "decode")] * self.both

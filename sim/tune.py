@@ -1,40 +1,53 @@
 """The best split of so many GPUs into prefill and decode workers, and the best chunk size, for a trace.
 
-1. The analytic ratio (ratio.py) names a split to begin with and about what it carries.
-2. Its capacity is bracketed to a step of the grid (search.py, 0.5 %).
-3. *Every* other split is run once at ``EDGE`` steps above that. Those that still meet the target climb together, until
-   one is left standing: the new lead. A split far from the best fails early in its one run, so that is cheap.
-4. Every other chunk size is tried against the lead in the same way, with the lead's split. Where one wins, the splits
-   are tried again, with that chunk size.
-5. Neighbours (a prefill worker more or fewer, half and twice the chunk size) are bracketed, more coarsely: the margin.
+1. The analytic ratio (ratio.py) names a split to begin with, and about what it carries.
+2. On the busiest eighth of a long trace its capacity is bracketed (search.py). *Every* other split is run once a little
+   above that; those that still meet the target climb together until one is left: the new lead. Every chunk size is
+   tried against the lead in the same way; where one wins, the splits are tried again with it. Last, neighbours of the
+   winner (a prefill worker more or fewer, the next chunk sizes) are bracketed, too: the margin.
+3. On the whole trace the winner's capacity is bracketed to a step of the grid, 0.5 %; then every split and chunk size
+   whose capacity on the eighth was at most ``REACH`` steps lower is run at ``EDGE`` steps above it. Any that meets the
+   target there climbs and takes its place.
 
-What is assumed: that more load never makes more requests meet their SLO, and that the best chunk size of the best split
-is the best of all (splits and chunk sizes are not tried in all pairs). Nothing is assumed of how capacity depends on the
-split: that there are not two peaks is seen, not taken for granted. A tie goes to the split that was there first.
+What is assumed: that more load never makes more requests meet their SLO; that what carries 11 % less than the winner on
+the busiest eighth is not better on the whole; and that the best chunk size of the best split is the best of all (splits
+and chunk sizes are not tried in all pairs). Nothing is assumed of how capacity depends on the split: each one is run. A
+tie goes to what led before. Short traces and closed loops are not cut: step 2 then runs on the whole, and is all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import add
 from typing import Any
 
 from twinpool.errors import ConfigError
 from twinpool.sim.profiles import load_profile
 from twinpool.sim.ratio import Ratio, ratio_of
 from twinpool.sim.result import Summary
-from twinpool.sim.search import Job, Runner, Search, allowed_misses, narrow, nearest, speed_of
+from twinpool.sim.search import JUMP, Job, Runner, Search, allowed_misses, narrow, nearest, speed_of
 from twinpool.sim.settings import Settings
-from twinpool.sim.trace import Trace
+from twinpool.sim.trace import Trace, slice_time
 
 CHUNKS = (512, 1024, 2048, 4096, 8192)  # tokens
 EDGE = 2  # steps by which another must be better to be preferred: 1 %
+REACH = 24  # steps
+PART = 8  # of a trace that long, a part is looked at first
+PART_REQUESTS = 2000  # and that has so many requests at least
+PART_MISSES = 3.0  # share of its requests that may miss there, over that on the whole: peaks have more of them
+PART_STEPS = 2  # of a bracket on the part: 1 %
 MARGIN_STEPS = 6  # of a neighbour's bracket: 3 %
 MARGIN_JUMP = 4  # steps of the first look below the best
 BURSTS = 0.75  # a trace's capacity over what its means allow; public conversation traces have 0.6 to 0.9
 ROUNDS = 4  # of splits and chunk sizes in turn, at most
 
+TICK_S = 1e-6  # closer arrivals count as so far apart
+
 Tell = Callable[[float], None]  # the share that is done
+Window = tuple[float, float]  # from, to before: seconds at the trace's own speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +84,18 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What ``tune`` found. ``summary``: of a run of the best at its capacity."""
+    """What ``tune`` found."""
 
     best: Tried
     capacity: float  # speed-up of the trace
     ratio: Ratio
     analytic: tuple[int, int]
-    neighbours: Sequence[Neighbour]
-    tried: Sequence[Tried]
-    summary: Summary
-    facts: dict[str, Any] = field(default_factory=dict)  # about trace, GPUs, policy, for the report
+    neighbours: Sequence[Neighbour]  # on the part, where there is one
+    tried: Sequence[dict[str, Any]]  # on the whole trace
+    tried_on_part: Sequence[dict[str, Any]]
+    window: Window | None  # of the part
+    summary: Summary  # of a run of the best at its capacity
+    facts: dict[str, Any]  # trace, GPUs, policy, profile
 
     def figures(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -96,26 +111,43 @@ class Tuned:
             "analytic": {
                 "prefill": self.analytic[0],
                 "decode": self.analytic[1],
-                "prefill_worker_rps": self.ratio.prefill,
-                "decode_worker_rps": self.ratio.decode,
-                "link_rps": self.ratio.link,
+                "prefill_worker_rps": _finite(self.ratio.prefill),
+                "decode_worker_rps": _finite(self.ratio.decode),
+                "link_rps": _finite(self.ratio.link),
             },
-            "tried": [each.figures() for each in self.tried],
-            "runs": sum(each.runs for each in self.tried),
+            "tried": list(self.tried),
+            "tried_on_part": list(self.tried_on_part),
+            "part_s": self.window,
+            "runs": sum(each["runs"] for each in (*self.tried, *self.tried_on_part)) + 1,
         }
 
 
-class Board:
-    """The searches of all that was tried, by (prefill workers, chunk tokens)."""
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
-    def __init__(self, made: Runner, base: Settings, workers: int, target: float, start: int) -> None:
+
+class Board:
+    """The searches of all that was tried, by (prefill workers, chunk tokens), on a trace or a window of it."""
+
+    def __init__(self, made: Runner, trace: Trace, base: Settings, workers: int, target: float) -> None:
         self.made = made
+        self.trace = trace
         self.base = base
         self.workers = workers
         self.target = target
-        self.start = start
-        self.allowed = allowed_misses(made.requests, target)
+        self.window: Window | None = None
+        self.stride = 1  # of a bracket of what leads
+        self.start, self.jump = 0, JUMP
+        self.allowed = allowed_misses(len(trace), target)
         self.searches: dict[tuple[int, int], Search] = {}
+
+    def part(self, window: Window) -> Board:
+        """The same on a part of the trace."""
+        board = Board(self.made, self.trace, self.base, self.workers, self.target)
+        board.window, board.stride, board.start = window, PART_STEPS, self.start
+        board.target = max(0.5, 1.0 - PART_MISSES * (1.0 - self.target))
+        board.allowed = allowed_misses(len(slice_time(self.trace, *window)), board.target)
+        return board
 
     def at(self, prefill: int, chunk: int) -> Search:
         """The search of one combination; the same object each time."""
@@ -123,47 +155,104 @@ class Board:
         if search is None:
             decode = self.workers - prefill
             settings = replace(self.base, prefill=prefill, decode=decode, both=0, chunk_tokens=chunk)
-            search = self.searches[prefill, chunk] = Search(settings, self.allowed, self.start)
+            search = self.searches[prefill, chunk] = Search(settings, self.allowed, self.start, self.jump)
         return search
+
+    def narrow(self, searches: Sequence[Search], stride: int) -> None:
+        """Bracket each to so many steps."""
+        narrow(self.made, searches, self.target, stride, window=self.window)
 
     def meeting(self, searches: Sequence[Search], k: int) -> list[Search]:
         """Those that meet the target at ``k``, run where that is not known."""
         unknown = [search for search in searches if search.meets(k) is None]
-        trials = self.made.trials([Job(search.settings, speed_of(k), self.target) for search in unknown])
-        for search, found in zip(unknown, trials, strict=True):
+        jobs = [Job(search.settings, speed_of(k), self.target, self.window) for search in unknown]
+        for search, found in zip(unknown, self.made.trials(jobs), strict=True):
             search.take({k: found})
         return [search for search in searches if search.meets(k)]
 
-    def first(self, order: Sequence[int], chunk: int) -> Search:
-        """The first split of the order that has a capacity, bracketed to one step. Raises ConfigError without any."""
+    def first(self, order: Sequence[tuple[int, int]]) -> Search:
+        """The first of the order that has a capacity, bracketed. Raises ConfigError where none has."""
         problem = None
-        for prefill in order:
-            search = self.at(prefill, chunk)
-            narrow(self.made, [search], self.target)
+        for key in order:
+            search = self.at(*key)
+            self.narrow([search], self.stride)
             if (found := search.problem(self.target)) is None:
                 return search
             problem = problem or found
         raise ConfigError(problem or "there is no split to try")
 
     def race(self, lead: Search, others: Sequence[Search]) -> Search:
-        """The lead, unless others are better by ``EDGE`` steps or more: then the best of them, bracketed to one step."""
-        level, stride = _low(lead) + EDGE, 2 * EDGE
+        """The lead, unless others are better by ``EDGE`` steps or more: then the best of them, bracketed."""
+        level, stride = _low(lead) + EDGE, JUMP // 2
         alive = self.meeting(others, level)
         if not alive:
             return lead
-        rising = True
-        while stride:
+        while len(alive) > 1 and stride >= self.stride:
             higher = self.meeting(alive, level + stride)
             if higher:
                 alive, level = higher, level + stride
-            rising = rising and bool(higher)
-            stride = 2 * stride if rising else stride // 2
-        return min(alive, key=lambda search: search.trials[level].misses)
+            else:
+                stride //= 2
+        best = min(alive, key=lambda search: search.trials[level].misses)
+        self.narrow([best], self.stride)
+        return best
+
+    def climb(self, lead: Search, splits: Sequence[int]) -> Search:
+        """Splits with the lead's chunk size, then chunk sizes with the lead's split, until neither changes."""
+        for _ in range(ROUNDS):
+            split, chunk = _key(lead)
+            lead = self.race(lead, [self.at(prefill, chunk) for prefill in splits if prefill != split])
+            split, _ = _key(lead)
+            lead = self.race(lead, [self.at(split, c) for c in _chunks(self.base) if c != chunk])
+            if _key(lead)[1] == chunk:
+                break
+        return lead
+
+    def neighbours(self, lead: Search) -> list[Neighbour]:
+        """One worker to either side, and the next smaller and larger chunk size, each with its margin."""
+        prefill, chunk = _key(lead)
+        chunks = _chunks(self.base)
+        place = chunks.index(chunk)
+        keys = [(p, chunk) for p in (prefill - 1, prefill + 1) if 1 <= p < self.workers]
+        keys += [(prefill, chunks[i]) for i in (place - 1, place + 1) if 0 <= i < len(chunks)]
+        searches = [self.at(*key) for key in keys]
+        self.narrow([lead], self.stride)
+        best = _low(lead)
+        self.meeting(searches, best + EDGE)
+        for search in searches:
+            search.jump = MARGIN_JUMP
+        self.narrow(searches, MARGIN_STEPS)
+        return [_neighbour(search, speed_of(best)) for search in searches]
+
+    def figures(self) -> list[dict[str, Any]]:
+        """All that was tried."""
+        return [_tried(self.searches[key]).figures() for key in sorted(self.searches)]
 
 
 def _low(search: Search) -> int:
     assert search.low is not None, "only what has a capacity leads"
     return search.low
+
+
+def _key(search: Search) -> tuple[int, int]:
+    return search.settings.prefill, search.settings.chunk_tokens
+
+
+def _chunks(base: Settings) -> list[int]:
+    return sorted({*CHUNKS, base.chunk_tokens})
+
+
+def _tried(search: Search) -> Tried:
+    settings = search.settings
+    met = None if search.low is None else speed_of(search.low)
+    missed = None if search.high is None else speed_of(search.high)
+    return Tried(settings.prefill, settings.decode, settings.chunk_tokens, met, missed, len(search.trials))
+
+
+def _neighbour(search: Search, best: float) -> Neighbour:
+    tried = _tried(search)
+    missed = best if tried.missed is None else tried.missed
+    return Neighbour(tried, at_least=1.0 - missed / best, at_most=1.0 - (tried.met or 0.0) / best)
 
 
 def tune(made: Runner, trace: Trace, settings: Settings, gpus: int, target: float, tell: Tell | None = None) -> Tuned:
@@ -174,77 +263,75 @@ def tune(made: Runner, trace: Trace, settings: Settings, gpus: int, target: floa
     """
     tell = tell or (lambda share: None)
     size = load_profile(settings.profile).gpus
+    workers = _workers(settings.profile, size, gpus)
+    ratio = ratio_of(trace, settings)
+    order = ratio.order(workers)
+    whole = Board(made, trace, settings, workers, target)
+    whole.start = _start(trace, ratio.rate(order[0], workers - order[0]))
+    window = busiest(trace)
+    part = whole if window is None else whole.part(window)
+    lead = part.climb(part.first([(prefill, settings.chunk_tokens) for prefill in order]), order)
+    tell(0.4)
+    if part is not whole:
+        lead = _verified(whole, part, lead, order)
+        tell(0.8)
+    capacity = speed_of(_low(lead))
+    summary = made.summary(Job(lead.settings, capacity))
+    neighbours = part.neighbours(part.at(*_key(lead)))
+    tell(1.0)
+    return Tuned(
+        _tried(lead), capacity, ratio, (order[0], workers - order[0]), neighbours, whole.figures(),
+        [] if part is whole else part.figures(), window, summary.result(),
+        {"trace": trace.name, "requests": len(trace), "target": target, "policy": settings.policy,
+         "profile": settings.profile, "gpus": gpus, "workers": workers, "gpus_per_worker": size},
+    )  # fmt: skip
+
+
+def _workers(profile: str, size: int, gpus: int) -> int:
+    """Workers that so many GPUs make; at least the two that a split needs. Raises ConfigError."""
     workers = gpus // size
     if workers < 2:
         raise ConfigError(
-            f"{gpus} GPUs make {workers} workers of {settings.profile}, which has {size} GPUs each, and a split needs "
-            f"two: give --gpus {2 * size} or more, or another --profile"
+            f"--gpus {gpus}: a worker of {profile} has {size} GPUs, and a split needs two workers: give --gpus "
+            f"{2 * size} or more, or another --profile"
         )
-    ratio = ratio_of(trace, settings)
-    order = ratio.order(workers)
-    board = Board(made, settings, workers, target, _start(trace, ratio.rate(order[0], workers - order[0])))
-    lead = board.first(order, settings.chunk_tokens)
-    tell(0.3)
-    lead = _climb(board, lead, order, tell)
-    facts = {
-        "trace": trace.name, "requests": len(trace), "target": target, "policy": settings.policy,
-        "profile": settings.profile, "gpus": gpus, "gpus_used": workers * size, "workers": workers,
-    }  # fmt: skip
-    running = made.summary(Job(lead.settings, speed_of(_low(lead))))
-    neighbours = _neighbours(board, lead)
-    tell(1.0)
-    tried = [_tried(board.searches[key]) for key in sorted(board.searches)]
-    analytic = (order[0], workers - order[0])
-    return Tuned(_tried(lead), speed_of(_low(lead)), ratio, analytic, neighbours, tried, running.result(), facts)
+    return workers
 
 
 def _start(trace: Trace, rate: float) -> int:
-    """The place on the grid at which a trace offers about what a cluster carries that its means say carries ``rate``."""
-    return nearest(BURSTS * rate * trace.duration_s / len(trace)) if trace.duration_s and rate < float("inf") else 0
+    """Where on the grid to look for the capacity of a cluster that by the trace's means carries ``rate``."""
+    return nearest(BURSTS * rate * trace.duration_s / len(trace)) if trace.duration_s and rate < math.inf else 0
 
 
-def _climb(board: Board, lead: Search, order: Sequence[int], tell: Tell) -> Search:
-    """All splits with the lead's chunk size, then all chunk sizes with the lead's split, until neither changes."""
-    for turn in range(ROUNDS):
-        chunk = lead.settings.chunk_tokens
-        lead = board.race(lead, [board.at(prefill, chunk) for prefill in order if prefill != lead.settings.prefill])
-        tell(0.6 + 0.05 * turn)
-        others = [c for c in _chunks(board.base) if c != chunk]
-        lead = board.race(lead, [board.at(lead.settings.prefill, c) for c in others])
-        tell(0.8)
-        if lead.settings.chunk_tokens == chunk:
+def busiest(trace: Trace) -> Window | None:
+    """Seconds between which a ``PART`` of the requests come with the most tokens a second; None: look at all.
+
+    None for short traces, and for closed loops, whose sessions a cut would break.
+    """
+    n = len(trace)
+    wanted = max(PART_REQUESTS, n // PART)
+    if 2 * wanted > n or trace.after is not None:
+        return None
+    tokens = list(accumulate(map(add, trace.prompt, trace.output), initial=0))
+    arrival = trace.arrival
+    first = max(
+        range(n - wanted),
+        key=lambda i: (tokens[i + wanted] - tokens[i]) / max(TICK_S, arrival[i + wanted] - arrival[i]),
+    )
+    window = arrival[first], arrival[first + wanted]
+    return window if window[1] > window[0] else None
+
+
+def _verified(whole: Board, part: Board, lead: Search, splits: Sequence[int]) -> Search:
+    """What is best on the whole trace, of all that came near the lead on a part of it."""
+    whole.start, whole.jump = _low(lead), JUMP // 2
+    best = whole.first([_key(lead)])
+    for _ in range(ROUNDS):
+        split, chunk = key = _key(best)
+        keys = [(prefill, chunk) for prefill in splits] + [(split, c) for c in _chunks(whole.base)]
+        others = [part.at(*other) for other in keys if other != key]
+        near = part.meeting(others, _low(lead) - REACH)
+        best = whole.race(best, [whole.at(*_key(search)) for search in near])
+        if _key(best) == key:
             break
-    return lead
-
-
-def _chunks(base: Settings) -> list[int]:
-    return sorted({*CHUNKS, base.chunk_tokens})
-
-
-def _neighbours(board: Board, lead: Search) -> list[Neighbour]:
-    """One worker to either side, and the next smaller and larger chunk size, each with its margin."""
-    prefill, chunk = lead.settings.prefill, lead.settings.chunk_tokens
-    chunks = _chunks(board.base)
-    place = chunks.index(chunk)
-    keys = [(p, chunk) for p in (prefill - 1, prefill + 1) if 1 <= p < board.workers]
-    keys += [(prefill, chunks[i]) for i in (place - 1, place + 1) if 0 <= i < len(chunks)]
-    searches = [board.at(*key) for key in keys]
-    best = _low(lead)
-    board.meeting(searches, best + EDGE)
-    for search in searches:
-        search.jump = MARGIN_JUMP
-    narrow(board.made, searches, board.target, MARGIN_STEPS)
-    return [_neighbour(search, speed_of(best)) for search in searches]
-
-
-def _neighbour(search: Search, best: float) -> Neighbour:
-    tried = _tried(search)
-    missed = best if tried.missed is None else tried.missed
-    return Neighbour(tried, at_least=1.0 - missed / best, at_most=1.0 - (tried.met or 0.0) / best)
-
-
-def _tried(search: Search) -> Tried:
-    settings = search.settings
-    met = None if search.low is None else speed_of(search.low)
-    missed = None if search.high is None else speed_of(search.high)
-    return Tried(settings.prefill, settings.decode, settings.chunk_tokens, met, missed, len(search.trials))
+    return best

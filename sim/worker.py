@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from twinpool.cost import Cost
 from twinpool.router import events as ev
+from twinpool.sim.decode import Batch
 from twinpool.sim.gaps import Runs
+from twinpool.sim.members import Members
 from twinpool.sim.memory import Memory
 from twinpool.sim.net import Net
+from twinpool.sim.result import WorkerTotals
 from twinpool.sim.sequence import HELD, WAITING, Sequence
 from twinpool.sim.steps import Steps
 
@@ -18,7 +21,10 @@ from twinpool.sim.steps import Steps
 class SimWorker:
     """See the module's docstring. ``unit_tokens``: prompt tokens of one hash, a multiple of ``block_size``; 0: none."""
 
-    __slots__ = ("_block_bytes", "_memory", "_net", "_size", "_steps", "_unit", "_unit_blocks", "id", "runs")
+    __slots__ = (
+        "_block_bytes", "_cached_tokens", "_members", "_memory", "_net", "_received_bytes", "_size", "_steps", "_unit",
+        "_unit_blocks", "id", "runs",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -46,11 +52,12 @@ class SimWorker:
         self._unit = unit_tokens
         self._unit_blocks = unit_tokens // block_size
         self._block_bytes = block_bytes
+        self._cached_tokens = 0
+        self._received_bytes = 0
         self._memory = Memory(id, blocks, self._unit_blocks, net.kv)
-        self._steps = Steps(
-            id, net, cost, self._memory, self.runs,
-            block_size=block_size, chunk_tokens=chunk_tokens, max_batch=max_batch,
-        )  # fmt: skip
+        batch = Batch(cost, self.runs, block_size)
+        self._members = Members(id, net, cost, self._memory, batch, block_size, chunk_tokens)
+        self._steps = Steps(id, net, cost, self._memory, batch, self._members, max_batch, block_size)
 
     @property
     def free_blocks(self) -> int:
@@ -61,6 +68,18 @@ class SimWorker:
     def cached_units(self) -> int:
         """Units in the prefix cache."""
         return self._memory.cached_units
+
+    def total(self, totals: WorkerTotals) -> None:
+        """Fills in what this worker did so far; what it sent only its receivers know."""
+        steps = self._steps
+        totals.busy_prefill_s = steps.prefill_s
+        totals.busy_decode_s = steps.decode_s
+        totals.busy_mixed_s = steps.mixed_s
+        totals.computed_tokens = self._members.prompts.tokens
+        totals.cached_tokens = self._cached_tokens
+        totals.received_bytes = self._received_bytes
+        totals.blocks = self._memory.blocks
+        totals.peak_blocks = self._memory.peak
 
     # --- what the router says ----------
 
@@ -75,7 +94,7 @@ class SimWorker:
             self._reserve(action, now)
         elif isinstance(action, ev.SendDecode):
             self._decode(action, now)
-        elif isinstance(action, ev.SendRelease | ev.SendCancel):
+        elif isinstance(action, (ev.SendRelease, ev.SendCancel)):
             self._steps.forget(action.attempt, now)
 
     def _reusable(self, sequence: Sequence) -> int:
@@ -91,7 +110,7 @@ class SimWorker:
     def _reserve(self, action: ev.SendReserve, now: float) -> None:
         sequence = Sequence(action.attempt, action.request, action.request.length, HELD)
         sequence.reusable = self._reusable(sequence)
-        self._steps.sync(now)
+        tight = self._steps.sync(now, action.blocks)
         units = self._memory.book(sequence.hashes, sequence.reusable, action.blocks)
         if units < 0:
             self._no_room(action.attempt, now)
@@ -99,8 +118,9 @@ class SimWorker:
         sequence.blocks = action.blocks
         sequence.sealed = units
         sequence.full = sequence.received = held = units * self._unit_blocks
-        self._steps.held[action.attempt] = sequence
-        self._steps.taken()
+        self._members.held[action.attempt] = sequence
+        if tight:
+            self._steps.taken()
         self._net.tell(ev.Reserved(self.id, action.attempt, held), now)
 
     def _prefill(self, action: ev.SendPrefill, now: float) -> None:
@@ -108,12 +128,12 @@ class SimWorker:
         sequence = Sequence(action.attempt, request, request.length, WAITING)
         total = -(-(sequence.length + action.decode) // self._size)
         reusable = self._reusable(sequence)
-        reserved = self._steps.held.get(action.attempt)
+        reserved = self._members.held.get(action.attempt)
         more = total
         if reserved is not None:  # it is used up, and its blocks are kept if they can be
             more = max(total, reserved.blocks)
             self._steps.forget(action.attempt, now)
-        self._steps.sync(now)
+        self._steps.sync(now, more)
         units = self._memory.book(sequence.hashes, reusable, more)
         if units < 0 and more > total:
             more = total
@@ -130,11 +150,13 @@ class SimWorker:
         sequence.transfer = action.transfer
         sequence.left = self._net.outputs[request.rid] - request.emitted
         if units and action.transfer:
-            self._steps.announce(sequence, now)
-        self._steps.add(sequence, now)
+            self._members.prompts.announce(sequence, now)
+        self._cached_tokens += sequence.cached
+        self._members.add(sequence)
+        self._steps.interrupt(now)
 
     def _pull(self, action: ev.SendPull, now: float) -> None:
-        sequence = self._steps.held.get(action.attempt)
+        sequence = self._members.held.get(action.attempt)
         if sequence is None:
             return  # cancelled while the message was under way
         first, count = action.first, len(action.blocks) // 4
@@ -148,7 +170,7 @@ class SimWorker:
         self._net.transferred(self.id, action.attempt, first, count, nbytes, now, when)
 
     def _decode(self, action: ev.SendDecode, now: float) -> None:
-        sequence = self._steps.held.get(action.attempt)
+        sequence = self._members.held.get(action.attempt)
         if sequence is None:
             return
         request = action.request
@@ -159,7 +181,8 @@ class SimWorker:
 
     def _start_if_here(self, sequence: Sequence, now: float) -> None:
         if sequence.received * self._size >= sequence.length - 1:
-            self._steps.decode(sequence, now)
+            self._members.decode(sequence)
+            self._steps.interrupt(now)
 
     # --- what happens ----------
 
@@ -169,21 +192,20 @@ class SimWorker:
 
     def pulled(self, attempt: int, first: int, count: int, nbytes: int, seconds: float, now: float) -> None:
         """Blocks ``first``.. of a reservation are here."""
-        sequence = self._steps.held.get(attempt)
+        sequence = self._members.held.get(attempt)
         if sequence is None:
             return  # cancelled meanwhile
         self._memory.now = now
+        self._received_bytes += nbytes
         self._receive(sequence, first, first + count)
         received = sequence.received
         sequence.full = max(sequence.full, min(received, (sequence.prompt_len - 1) // self._size))
         if self._unit:
             units = min(received // self._unit_blocks, sequence.reusable)
             if units > sequence.sealed:
-                double = self._memory.seal(sequence.hashes, sequence.sealed, units)
-                sequence.sealed = units
-                if double:
-                    self._steps.sync(now)
-                    self._memory.give(double)
+                if self._memory.holds(sequence.hashes[sequence.sealed]):
+                    self._steps.sync(now, 0)  # what came is of no use, so its blocks are free
+                self._memory.seal(sequence, units)
         self._net.tell(ev.BlocksVerified(self.id, attempt, first, count, nbytes, seconds, "sim"), now)
         if sequence.expects_decode:
             self._start_if_here(sequence, now)

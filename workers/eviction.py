@@ -28,9 +28,7 @@ class EvictionOrder:
 
     def add_all(self, blocks: Iterable[int]) -> None:
         """These became idle, in this order."""
-        idle = self._idle
-        for block in blocks:
-            idle[block] = None
+        self._idle.update(dict.fromkeys(blocks))
 
     def remove(self, block: int) -> None:
         """The block is in use again. Raises KeyError if it was not idle."""

@@ -40,14 +40,18 @@ def one_process(words: Words) -> Iterator[OneProcess]:
 
 
 def _alone(cluster: Cluster, cases: Iterable[Case], **fields: Any) -> list[Answer]:
-    return [cluster.client.generate(case.prompt, sampling=case.sampling, timeout=WATCHDOG_S, **fields) for case in cases]
+    return [
+        cluster.client.generate(case.prompt, sampling=case.sampling, timeout=WATCHDOG_S, **fields) for case in cases
+    ]
 
 
 def _at_once(cluster: Cluster, cases: Sequence[Case], **fields: Any) -> list[Answer]:
     answers: list[Answer] = []
     for start in range(0, len(cases), AT_ONCE):
         part = cases[start : start + AT_ONCE]
-        running = [cluster.client.start(case.prompt, sampling=case.sampling, timeout=WATCHDOG_S, **fields) for case in part]
+        running = [
+            cluster.client.start(case.prompt, sampling=case.sampling, timeout=WATCHDOG_S, **fields) for case in part
+        ]
         answers += [stream.result() for stream in running]
     return answers
 

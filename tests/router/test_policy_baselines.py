@@ -126,20 +126,19 @@ def up(worker: int, role: str) -> ev.WorkerUp:
     return worker_up(worker, *(("prefill", "decode") if role == "both" else (role,)), max_batch=3)
 
 
+JOB = st.tuples(
+    st.integers(1, 120),  # prompt tokens
+    st.integers(1, 12),  # output tokens
+    st.floats(0.0, 0.2),  # seconds before it
+    st.integers(0, 3),  # which prompts share blocks
+)
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     variant=st.sampled_from(variants()),
     roles=st.sampled_from(LAYOUTS),
-    jobs=st.lists(
-        st.tuples(
-            st.integers(1, 120),  # prompt tokens
-            st.integers(1, 12),  # output tokens
-            st.floats(0.0, 0.2),  # seconds before it
-            st.integers(0, 3),  # which prompts share blocks
-        ),
-        min_size=1,
-        max_size=14,
-    ),
+    jobs=st.lists(JOB, min_size=1, max_size=14),
     stop=st.none() | st.tuples(st.integers(0, 3), st.floats(0.0, 0.5)),
     no_room=st.integers(0, 2),
 )

@@ -49,12 +49,16 @@ class SmallCluster:
         self.lives = [
             Life(i, trace.prompt[i], trace.output[i], trace.block_hashes(i)) for i in range(len(trace.arrival))
         ]
-        self.order = rng.choice(("arrival", "short", "lots"))
+        self.order = rng.choice(("due", "due", "short", "lots"))
+        self.due = list(trace.arrival)
         self.keep = rng.choice((1.0, 0.8))  # share of the work that is not put off for no reason
 
     def run(self, slo: Slo, unloaded: list[float]) -> set[int]:
         """Requests that met TTFT and ITL."""
         now = 0.0
+        self.due = [
+            at + slo.ttft_s + slo.ttft_factor * alone for at, alone in zip(self.trace.arrival, unloaded, strict=True)
+        ]
         while any(len(life.shown) < life.output for life in self.lives):
             ends = [step.end for step in self.steps if step is not None]
             later = [when for when in self.trace.arrival if when > now]
@@ -66,14 +70,12 @@ class SmallCluster:
                 if step is not None and step.end <= now:
                     self._finish(step)
                     self.steps[worker] = None
-        return {life.number for life in self.lives if self._met(life, slo, unloaded[life.number])}
+        return {life.number for life in self.lives if self._met(life, slo)}
 
-    def _met(self, life: Life, slo: Slo, unloaded: float) -> bool:
-        ttft = life.shown[0] - self.trace.arrival[life.number]
+    def _met(self, life: Life, slo: Slo) -> bool:
         gaps = sorted((b - a for a, b in zip(life.shown, life.shown[1:], strict=False)), reverse=True)
         worst = gaps[: math.ceil(0.1 * len(gaps))]
-        in_time = ttft <= slo.ttft_s + slo.ttft_factor * unloaded
-        return in_time and (not worst or sum(worst) / len(worst) <= slo.itl_s)
+        return life.shown[0] <= self.due[life.number] and (not worst or sum(worst) / len(worst) <= slo.itl_s)
 
     def _start(self, now: float) -> bool:
         """Gives idle workers steps; whether any got one."""
@@ -112,6 +114,8 @@ class SmallCluster:
             waiting.sort(key=lambda life: life.prompt)
         elif self.order == "lots":
             self.rng.shuffle(waiting)
+        else:  # those that cannot make it any more last
+            waiting.sort(key=lambda life: (self.due[life.number] < now + self._rest(life), self.due[life.number]))
         room = self.engine.chunk_tokens if self.rng.random() <= self.keep else 1 + self.engine.chunk_tokens // 3
         chunks: list[tuple[Life, int]] = []
         for life in waiting:
@@ -122,6 +126,9 @@ class SmallCluster:
             if not room or count < life.prompt - life.done:
                 break
         return chunks
+
+    def _rest(self, life: Life) -> float:
+        return self.cost.prefill(life.prompt - life.done, life.done, self.engine.chunk_tokens)
 
     def _reuse(self, life: Life) -> None:
         """Takes what the cache has by now, but for the last token."""

@@ -188,9 +188,9 @@ class Script:
             self.woken += 1
             self.workers[worker].wake(when)
 
-    def _pulled(self, worker: int, *args: Any) -> None:
+    def _pulled(self, worker: int, attempt: int, first: int, count: int, nbytes: int, seconds: float) -> None:
         if worker in self.workers:
-            self.workers[worker].pulled(*args, self.now)
+            self.workers[worker].pulled(attempt, first, count, nbytes, seconds, self.now)
 
     def _kv_due(self, worker: int, stored: list[int], removed: list[int], due: float) -> None:
         if stored or removed:
@@ -237,7 +237,7 @@ class Script:
         part = self.parts.get(attempt)
         if part is not None:
             local = part.kind in ("local", "used")
-            guess = random.Random(attempt).choice([0, 0, self.shape.unit_tokens])
+            guess = random.Random(attempt).choice([0, 0, self.shape.block_size])
             transfer = part.kind == "split"
             self._send(ev.SendPrefill(part.prefill, part.request, attempt, local, transfer, guess))
 
@@ -278,7 +278,8 @@ class Script:
         for ready in part.ready:
             skip = min(ready.count, max(0, part.held - ready.first))
             if skip < ready.count:
-                self._send(ev.SendPull(part.decode, attempt, part.prefill, ready.first + skip, ready.blocks[4 * skip :], b""))
+                blocks = ready.blocks[4 * skip :]
+                self._send(ev.SendPull(part.decode, attempt, part.prefill, ready.first + skip, blocks, b""))
         part.ready.clear()
 
     def _go_on(self, attempt: int, part: Part) -> None:
@@ -294,7 +295,7 @@ class Script:
 
     def _lose(self, attempt: int, part: Part) -> None:
         del self.parts[attempt]
-        for worker in {part.prefill, part.decode}:
+        for worker in sorted({part.prefill, part.decode}):
             self._send(ev.SendCancel(worker, attempt))
         part.request.begin_attempt(0)
         if self.outputs[part.request.rid] > part.request.emitted:

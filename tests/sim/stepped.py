@@ -15,6 +15,7 @@ from twinpool.router import events as ev
 from twinpool.router.request import Request
 from twinpool.sim.gaps import Runs
 from twinpool.sim.net import Net
+from twinpool.sim.result import WorkerTotals
 from twinpool.workers.blocks import BlockPool
 from twinpool.workers.scheduler import Chunk, Mode, Ready, Scheduler, Sequence, Step
 
@@ -79,6 +80,10 @@ class SteppedWorker:
         self.stalled = Fraction(-1)
         self.report_at = math.inf
         self.dead = False
+
+    def total(self, totals: WorkerTotals) -> None:
+        """What it did is not counted: its decisions are what it is for."""
+        totals.blocks = self.pool.num_blocks
 
     @property
     def free_blocks(self) -> int:
@@ -227,7 +232,7 @@ class SteppedWorker:
                 self.close(job)
                 self.tell(ev.AttemptLost(self.id, sequence.attempt, "preempted", False), now)
             if step.chunks or step.decodes:
-                self.end = self.boundary + Fraction(step.predicted_s) + max(0, self.stalled - self.boundary)
+                self.end = max(self.boundary, self.stalled) + Fraction(step.predicted_s)
                 return
             self.scheduler.done(step, now)  # all of it was preempted
 

@@ -28,6 +28,8 @@ def test_a_profile_is_whole(name: str) -> None:
     assert (profile.name, profile.gpus, profile.kv_bytes_per_token) == (name, gpus, kv_bytes)
     assert profile.link_bytes_per_s == 25e9
     assert profile.price_per_gpu_hour is None or profile.price_per_gpu_hour > 0.5
+    assert profile.idle_watts_per_gpu is not None
+    assert profile.busy_watts_per_gpu is not None
     assert 50 <= profile.idle_watts_per_gpu < profile.busy_watts_per_gpu
     assert set(profile.source) == {
         "grids",

@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from twinpool import __version__
-from twinpool.cli import bench, cluster, configs, demo, generate, process, status, trace
+from twinpool.cli import (  # noqa: F401  # they add their commands to sim's
+    bench,
+    cluster,
+    configs,
+    demo,
+    generate,
+    process,
+    sim,
+    sim_calibrate,
+    sim_report,
+    sim_search,
+    status,
+    trace,
+)
 
 app = typer.Typer(
     name="twinpool",
@@ -39,6 +52,7 @@ app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
 app.command("status")(status.status)
 app.add_typer(configs.app, name="config")
+app.add_typer(sim.app, name="sim")
 app.add_typer(trace.app, name="trace")
 app.command("router")(process.router)
 app.command("worker")(process.worker)

@@ -1,4 +1,7 @@
-"""``twinpool sim``: questions about a cluster that is not there yet, answered by the router's own decisions."""
+"""``twinpool sim``: questions about a cluster that is not there yet, answered by the router's own decisions.
+
+Here are the options that its commands share and ``replay``; sim_search.py has the commands that run more than once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -16,9 +20,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from twinpool.cli.common import ConfigFile, SetOptions, reporting
 from twinpool.errors import ConfigError
-from twinpool.sim import present
 from twinpool.sim.scenario import from_config, with_scenario
 from twinpool.sim.settings import DEFAULT_PROFILE, Settings
+
+if TYPE_CHECKING:  # numpy and the router's core take half a second to import: only commands that simulate wait for it
+    from twinpool.sim.trace import Trace
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Replay traffic through the router's decisions.")
 
@@ -26,9 +32,9 @@ TraceFile = Annotated[Path, typer.Argument(metavar="TRACE", help="Trace file, gz
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="All figures as JSON; - for stdout.")]
 Prefill = Annotated[int | None, typer.Option(min=0, help="Prefill workers; 4 if not given.")]
 Decode = Annotated[int | None, typer.Option(min=0, help="Decode workers; 4 if not given.")]
-Both = Annotated[int | None, typer.Option(min=0, help="Workers of both pools.")]
+Both = Annotated[int | None, typer.Option(min=0, help="Workers of both pools; alone: no others.")]
 ProfileName = Annotated[str | None, typer.Option(help=f"GPU/model/TP; {DEFAULT_PROFILE} if not given.")]
-PolicyName = Annotated[str | None, typer.Option(help="See `twinpool sim policies`.")]
+PolicyName = Annotated[str | None, typer.Option(help="See `twinpool sim policies`; least_seconds if not given.")]
 Parameters = Annotated[list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="Of the policy.")]
 Speed = Annotated[float, typer.Option(min=1e-6, help="Arrivals so many times as fast.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")]
@@ -37,60 +43,96 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed lines
 TtftMs = Annotated[float | None, typer.Option(min=0.001, help="Fixed part of the TTFT SLO; 1000 if not given.")]
 TtftFactor = Annotated[float | None, typer.Option(min=0, help="Plus this x the prompt's own prefill; 2.")]
 ItlMs = Annotated[float | None, typer.Option(min=0.001, help="ITL SLO; 50 if not given.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 ChunkTokens = Annotated[int | None, typer.Option(min=1, help="Most prompt tokens in a step; 2048 if not given.")]
 Processes = Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one a core.")]
-Scenario = Annotated[Path | None, typer.Option(metavar="FILE", help="YAML of failures and role changes.")]
+Scenario = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="YAML of failures and role changes, at seconds of the sped-up trace."),
+]
 Target = Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of requests that must meet their SLO.")]
 
 
 def settings_of(
-    config_file: Path | None, sets: list[str] | None, scenario: Path | None = None, params: list[str] | None = None,
+    config_file: Path | None,
+    sets: list[str] | None,
+    scenario: Path | None = None,
+    params: list[str] | None = None,
     **flags: Any,
-) -> Settings:  # fmt: skip
-    """The YAML's settings with the flags that were given on top. Raises ConfigError."""
-    base = from_config(config_file, sets) if config_file is not None or sets else Settings()
+) -> Settings:
+    """The YAML's settings with the flags that were given on top. Raises ConfigError.
+
+    Parameters are those of the flags, if there are any, else the YAML's where its policy is kept.
+    """
     given = {name: value for name, value in flags.items() if value is not None}
     for name in ("ttft_ms", "itl_ms"):
         if name in given:
             given[name.replace("_ms", "_s")] = given.pop(name) / 1000.0
-    if flags.get("both") is not None and flags.get("prefill") is None and flags.get("decode") is None:
+    profile = given.pop("profile", None)
+    named = config_file is not None or bool(sets)
+    base = from_config(config_file, sets, profile) if named else Settings(profile=profile or DEFAULT_PROFILE)
+    if flags.get("both") and flags.get("prefill") is None and flags.get("decode") is None:
         given |= {"prefill": 0, "decode": 0}
     if params:
         given["parameters"] = dict(_parameter(text) for text in params)
+    elif given.get("policy", base.policy) != base.policy:
+        given["parameters"] = {}
     settings = replace(base, **given)
     return settings if scenario is None else with_scenario(settings, scenario)
+
+
+def ready(settings: Settings, seed: int) -> Settings:
+    """The settings, with the seed for a policy that draws at random and was not given one.
+
+    Raises ConfigError where policy, a parameter of it or profile does not exist: before a trace is read.
+    """
+    from twinpool.router.policy.registry import POLICIES, make_policy
+    from twinpool.sim.profiles import load_profile
+
+    info = POLICIES.get(settings.policy)
+    if info is not None and "seed" in info.parameters:
+        settings = replace(settings, parameters={"seed": seed} | settings.parameters)
+    make_policy(settings.policy, settings.parameters)
+    load_profile(settings.profile)
+    return settings
 
 
 def _parameter(text: str) -> tuple[str, float | str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"--param {text}: must be NAME=VALUE; `twinpool sim policies` lists the names")
-    try:
-        return name, float(value)
-    except ValueError:
-        return name, value
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
 
 
 class Screen:
     """Where tables, notices and the progress bar go: stderr where stdout is to have JSON only."""
 
     def __init__(self, json_file: Path | None) -> None:
+        """Raises ConfigError where the file could not be written: before hours of simulation, not after."""
         self.json_file = json_file
         self.only_json = json_file is not None and str(json_file) == "-"
-        self.console = Console(stderr=self.only_json)
         self.errors = Console(stderr=True)
+        if json_file is not None and not self.only_json:
+            if not json_file.parent.is_dir():
+                raise ConfigError(f"--json {json_file}: there is no folder {json_file.parent}: create it first")
+            if json_file.is_dir():
+                raise ConfigError(f"--json {json_file}: is a folder: give the name of a file in it")
 
     def notices(self, notices: list[str]) -> None:
-        """Sentences about the trace."""
+        """Sentences about the trace or the run."""
         for notice in notices:
-            self.errors.print(f"note: {notice}", style="yellow", highlight=False, soft_wrap=True)
+            typer.echo(f"notice: {notice}", err=True)
 
     def write(self, figures: Any) -> None:
-        """The JSON, where one was asked for."""
+        """The JSON, where one was asked for. Raises ConfigError where it cannot be written."""
         if self.json_file is None:
             return
-        text = json.dumps(figures, indent=2) + "\n"
+        text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
         if self.only_json:
             sys.stdout.write(text)
             return
@@ -101,28 +143,56 @@ class Screen:
 
     @contextmanager
     def progress(self, what: str, total: float | None) -> Iterator[Callable[[float], None]]:
-        """A bar; the yielded function takes how much is done."""
+        """A bar on a terminal's stderr; the yielded function takes how much is done."""
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.errors, transient=True) as bar:
+        silent = not self.errors.is_terminal
+        with Progress(*columns, console=self.errors, transient=True, disable=silent) as bar:
             task = bar.add_task(what, total=total)
             yield lambda done: bar.update(task, completed=done)
 
 
+class Loaded(NamedTuple):
+    """A trace as the flags want it, what there is to say about it, and the real seconds that reading it took."""
+
+    trace: Trace
+    notices: list[str]
+    wall_s: float
+
+
 def load_trace(
     path: Path, screen: Screen, *, limit: int | None, spread: bool, seed: int, skip_bad: bool, factor: float = 1.0
-) -> Any:
-    """The trace with what the flags change, its notices told."""
-    from twinpool.sim import readers, trace as traces
+) -> Trace:
+    """The trace as the flags want it, its notices told. Raises ConfigError."""
+    return load(path, screen, limit=limit, spread=spread, seed=seed, skip_bad=skip_bad, factor=factor).trace
 
-    trace, notices = readers.read_trace(path, skip_bad=skip_bad)
+
+def load(
+    path: Path, screen: Screen, *, limit: int | None, spread: bool, seed: int, skip_bad: bool, factor: float = 1.0
+) -> Loaded:
+    """``load_trace``, and what was told and how long it took."""
+    from twinpool.sim import readers
+    from twinpool.sim import trace as traces
+
+    started = perf_counter()
+    trace, notices = readers.read_trace(path, skip_bad=skip_bad, spread_seed=seed if spread else None)
     if limit is not None:
         trace = traces.limit(trace, limit)
-    if spread:
-        trace = traces.spread(trace, seed)
-    else:
-        notices += traces.quantised_notice(trace)
     screen.notices(notices)
-    return traces.speed(trace, factor) if factor != 1.0 else trace
+    return Loaded(traces.speed(trace, factor), list(notices), perf_counter() - started)
+
+
+def unservable(summary: dict[str, Any]) -> list[str]:
+    """A sentence where requests of a run were larger than any worker's memory."""
+    from twinpool.sim.search import UNSERVABLE
+
+    count = summary["refusals"].get(UNSERVABLE, 0)
+    if not count:
+        return []
+    sentence = (
+        f"{count} of {summary['requests']} requests need more KV memory than any worker has; they were refused "
+        f"({UNSERVABLE}) and count as missed: leave them out, or take a profile with more memory"
+    )
+    return [sentence]
 
 
 @app.command()
@@ -134,18 +204,22 @@ def replay(
     skip_bad: SkipBad = False, json_file: JsonFile = None, config_file: ConfigFile = None, sets: SetOptions = None,
 ) -> None:  # fmt: skip
     """One run: latencies, attainment, goodput, cache hits."""
-    from twinpool.sim.replay import replay as run
-
     with reporting():
         screen = Screen(json_file)
         settings = settings_of(config_file, sets, scenario, param, prefill=prefill, decode=decode, both=both,
                                profile=profile, policy=policy, ttft_ms=slo_ttft_ms, ttft_factor=slo_ttft_factor,
-                               itl_ms=slo_itl_ms, chunk_tokens=chunk_tokens, seed=seed)  # fmt: skip
-        loaded = load_trace(trace, screen, limit=limit, spread=spread_timestamps, seed=seed, skip_bad=skip_bad,
-                            factor=speed)  # fmt: skip
-        with screen.progress("replaying", len(loaded)) as done:
-            result = run(loaded, settings, watch=lambda count, _: done(count))
+                               itl_ms=slo_itl_ms, chunk_tokens=chunk_tokens)  # fmt: skip
+        settings = ready(settings, seed)
+        loaded = load(trace, screen, limit=limit, spread=spread_timestamps, seed=seed, skip_bad=skip_bad, factor=speed)
+        from twinpool.sim import present
+        from twinpool.sim.replay import replay as run
+
+        with screen.progress("replaying", len(loaded.trace)) as done:
+            result = run(loaded.trace, settings, watch=lambda count, _: done(count))
+        result.wall.load_s = loaded.wall_s
         summary = result.summary()
-        screen.write(summary)
+        late = unservable(summary)
+        screen.notices(late)
+        screen.write({"trace": loaded.trace.name, **summary, "notices": loaded.notices + late})
         if not screen.only_json:
             present.show(summary)

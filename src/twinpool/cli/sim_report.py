@@ -73,11 +73,10 @@ def _chosen(base: Settings, policies: list[str] | None, params: list[str] | None
 
 def _writable(path: Path) -> None:
     """Raises ConfigError where the report cannot be written: better told before the runs than after."""
-    try:
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--output {path}: cannot be written ({error.strerror})") from None
+    if path.is_dir():
+        raise ConfigError(f"--output {path}: is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--output {path}: there is no folder {path.parent}; make it first")
 
 
 def _write(path: Path, page: str) -> None:
