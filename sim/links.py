@@ -17,7 +17,7 @@ from collections.abc import Sequence
 class Links:
     """One link a worker; ``bytes_per_s[worker]`` is its speed, above 0. All times in seconds. Pure."""
 
-    __slots__ = ("_busy", "_bytes_per_s")
+    __slots__ = ("_busy", "_bytes_per_s", "sent")
 
     def __init__(self, bytes_per_s: Sequence[float]) -> None:
         """Raises ValueError where a speed is not above 0."""
@@ -26,12 +26,14 @@ class Links:
                 raise ValueError(f"the link of worker {worker} moves {speed} bytes a second: it must be more than 0")
         self._bytes_per_s = list(bytes_per_s)
         self._busy = [0.0] * len(self._bytes_per_s)
+        self.sent = [0] * len(self._bytes_per_s)  # bytes, by sender
 
     def book(self, sender: int, receiver: int, nbytes: int, now: float) -> float:
         """Put ``nbytes`` on both ends' links; returns when the last byte is there. ``now`` never goes back.
 
         A worker that sends to itself books its link once.
         """
+        self.sent[sender] += nbytes
         done = self._carry(sender, nbytes, now)
         return done if sender == receiver else max(done, self._carry(receiver, nbytes, now))
 

@@ -58,7 +58,8 @@ class Loop:
     """See the module's docstring. ``latency_s``: one way between router and workers; ``setup_s``: of each transfer."""
 
     __slots__ = (
-        "arrivals", "core", "done", "down", "heap", "kv_news", "latency_s", "links", "max_queue_s", "missed", "now",
+        "arrivals", "core", "done", "down", "heap", "kv_news", "latency_s", "links", "lives", "max_queue_s", "missed",
+        "now",
         "outputs", "record", "run_of", "runs", "seq", "setup_s", "spare_misses", "tick", "up", "wakes", "watch",
         "workers",
     )  # fmt: skip
@@ -90,6 +91,7 @@ class Loop:
         self.tick = math.inf  # when the core wants one
         self.record = Recorder(len(outputs))
         self.workers: dict[int, SimWorker] = {}
+        self.lives: dict[int, list[SimWorker]] = {}  # by id: those that died, too
         self.down: deque[tuple[float, Sent]] = deque()
         self.up: deque[tuple[float, ev.Event]] = deque()
         self.kv_news: deque[tuple[float, ev.KvChanged]] = deque()
@@ -137,6 +139,7 @@ class Loop:
     def add_worker(self, worker: SimWorker, up: ev.WorkerUp) -> None:
         """A worker comes, or comes back."""
         self.workers[up.worker] = worker
+        self.lives.setdefault(up.worker, []).append(worker)
         self.wakes[up.worker] = math.inf
         self.run_of[up.worker] = len(self.runs)
         self.runs.append(worker.runs)

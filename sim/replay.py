@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from time import perf_counter
@@ -196,7 +197,7 @@ def result_of(loop: Loop, trace: Trace, settings: Settings) -> Result:
         ttft_limit=record.ttft_limit, itl_limit=record.itl_limit, tenant=trace.tenant, klass=trace.klass,
     )  # fmt: skip
     profile = load_profile(settings.profile)
-    totals = [_totals(loop.workers.get(i), name, roles, profile) for i, (name, roles) in enumerate(_all(settings))]
+    totals = [_totals(loop, i, name, roles, profile) for i, (name, roles) in enumerate(_all(settings))]
     return Result(
         columns, totals, GapPool(loop.runs, record.gaps), settings.policy, settings.profile,
         {"ttft_ms": 1000 * settings.ttft_s, "ttft_factor": settings.ttft_factor, "itl_ms": 1000 * settings.itl_s},
@@ -204,17 +205,23 @@ def result_of(loop: Loop, trace: Trace, settings: Settings) -> Result:
     )  # fmt: skip
 
 
+def _later(times: array[float], seconds: float) -> array[float]:
+    """What the edge adds to each time that came."""
+    return array("d", [at + seconds if at >= 0.0 else at for at in times]) if seconds else times
+
+
 def _all(settings: Settings) -> list[tuple[str, tuple[str, ...]]]:
     return list(zip(settings.names(), settings.roles(), strict=True))
 
 
-def _totals(worker: SimWorker | None, name: str, roles: tuple[str, ...], profile: Profile) -> WorkerTotals:
+def _totals(loop: Loop, number: int, name: str, roles: tuple[str, ...], profile: Profile) -> WorkerTotals:
     totals = WorkerTotals(
         name, "+".join(roles), profile.gpus, price_per_gpu_hour=profile.price_per_gpu_hour,
         idle_watts=profile.idle_watts_per_gpu, busy_watts=profile.busy_watts_per_gpu,
     )  # fmt: skip
-    if worker is not None:
+    for worker in loop.lives[number]:
         worker.total(totals)
+    totals.sent_bytes = loop.links.sent[number]
     return totals
 
 

@@ -115,12 +115,12 @@ def gather(trace: Trace, chosen: Chosen, plan: Plan, progress: Progress, version
             try:
                 ceilings = _ceilings(made, chosen, plan, progress)
                 cut = _splits(chosen[0][1], plan, notices) if plan.splits else []
-                ratio = _ratio(made, cut, ceilings[0], plan, progress) if cut else []
+                ratio = _ratio(made, cut, chosen[0][1], ceilings[0], plan, progress) if cut else []
             except ConfigError as error:
                 left = "The ratio curve is" if ceilings else "Capacities are"
                 notices.append(f"{left} left out: {error.message}.")
             if plan.loads:
-                curves = _loads(made, chosen, _speeds(ceilings, plan), progress)
+                curves = _loads(made, chosen, runs, plan, _speeds(ceilings, plan), progress)
     return Report(trace.name, rate, plan, runs, ceilings, ratio, curves, notices, versions)
 
 
@@ -143,12 +143,18 @@ def _ceilings(made: Runner, chosen: Chosen, plan: Plan, progress: Progress) -> l
     return [_made(label, each, at.speed, bounds) for (label, each), at in zip(chosen, found, strict=True)]
 
 
-def _ratio(made: Runner, cut: Sequence[Settings], known: Ceiling, plan: Plan, progress: Progress) -> list[Ceiling]:
-    """Capacities of every split, looked for around the one that is known."""
+def _ratio(
+    made: Runner, cut: Sequence[Settings], own: Settings, known: Ceiling, plan: Plan, progress: Progress
+) -> list[Ceiling]:
+    """Capacities of every split, looked for around that of the cluster's own settings, which is known."""
+    asked = [each for each in cut if each != own]
     with progress("splits", None) as bar:
-        bounds = _bounds(made, cut, plan)
-        found = capacities(made, cut, plan.target, start=known.speed, tolerance=COARSE, step=_counter(bar))
-    return [_made(known.label, each, at.speed, bounds) for each, at in zip(cut, found, strict=True)]
+        bounds = _bounds(made, asked, plan)
+        found = capacities(made, asked, plan.target, start=known.speed, tolerance=COARSE, step=_counter(bar))
+    ratio = [_made(known.label, each, at.speed, bounds) for each, at in zip(asked, found, strict=True)]
+    if len(asked) < len(cut):
+        ratio.append(known)
+    return sorted(ratio, key=lambda each: each.prefill)
 
 
 def _made(label: str, settings: Settings, speed: float, bounds: Bounds) -> Ceiling:
@@ -195,12 +201,15 @@ def _splits(settings: Settings, plan: Plan, notices: list[str]) -> list[Settings
 
 
 def _speeds(ceilings: Sequence[Ceiling], plan: Plan) -> list[float]:
-    """Where goodput is looked at: around the best capacity, and at the speed of the runs."""
+    """Where goodput is looked at besides the speed of the runs: around the best capacity."""
     middle = max((each.speed for each in ceilings), default=plan.speed)
-    return sorted({plan.speed, *(float(f"{middle * part:.4g}") for part in LOADS)})
+    return sorted({float(f"{middle * part:.4g}") for part in LOADS} - {plan.speed})
 
 
-def _loads(made: Runner, chosen: Chosen, speeds: Sequence[float], progress: Progress) -> list[LoadCurve]:
+def _loads(
+    made: Runner, chosen: Chosen, runs: Sequence[Series], plan: Plan, speeds: Sequence[float], progress: Progress
+) -> list[LoadCurve]:
+    """Summaries at the speeds, and those of the runs that there are already."""
     jobs = [Job(settings, speed) for _, settings in chosen for speed in speeds]
     with progress("loads", len(jobs)) as bar:
         done = 0
@@ -210,9 +219,15 @@ def _loads(made: Runner, chosen: Chosen, speeds: Sequence[float], progress: Prog
             done += 1
             bar(done)
 
-        summaries = made.summaries(jobs, step)
-    for summary in summaries:
-        for key in [key for key in summary if "wall" in key]:
-            del summary[key]
-    points = iter(zip((job.speed for job in jobs), summaries, strict=True))
-    return [LoadCurve(label, [next(points) for _ in speeds]) for label, _ in chosen]
+        summaries = [_lasting(summary) for summary in made.summaries(jobs, step)]
+    curves = []
+    for i, run in enumerate(runs):
+        here = summaries[i * len(speeds) : (i + 1) * len(speeds)]
+        points = [(plan.speed, run.summary), *zip(speeds, here, strict=True)]
+        curves.append(LoadCurve(run.label, sorted(points, key=lambda point: point[0])))
+    return curves
+
+
+def _lasting(summary: Summary) -> Summary:
+    """What does not depend on the machine."""
+    return {key: value for key, value in summary.items() if "wall" not in key}

@@ -20,7 +20,7 @@ STYLE = """
 :root { color-scheme: light dark; }
 :root { --ink: #1b1b1b; --quiet: #5a5a5a; --paper: #ffffff; --grid: #dddddd; --shade: #0072B2; }
 body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 60rem; padding: 1rem 1.2rem 4rem; }
+  max-width: 64rem; padding: 1rem 1.2rem 4rem; }
 h1 { font-size: 1.6rem; margin: .6rem 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .2rem; }
 p { margin: .3rem 0 .8rem; max-width: 48rem; } .facts, figcaption { color: var(--quiet); font-size: .9rem; }
 .notice { border-left: 4px solid var(--s1); padding-left: .7rem; }
@@ -36,8 +36,8 @@ svg text.rule-name { fill: var(--quiet); paint-order: stroke; stroke: var(--pape
 .rule { stroke: var(--quiet); fill: none; stroke-dasharray: 3 3; }
 .bound { stroke: var(--ink); stroke-width: 3; fill: none; }
 .cell { fill: var(--shade); }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; } th, td { padding: .18rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; } th, td { padding: .18rem .5rem; text-align: right; border-bottom: 1px solid var(--grid); }
 th:first-child { text-align: left; } thead th { color: var(--quiet); font-weight: 600; } td { white-space: nowrap; }
 .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--quiet); }

@@ -14,6 +14,7 @@ from twinpool.sim.report import Report
 from twinpool.sim.report_axes import (
     NONE,
     Axis,
+    linear,
     logarithmic,
     milliseconds,
     percent,
@@ -188,18 +189,21 @@ def _transfer_section(report: Report) -> Section | None:
 # --- over time, by length -----------------------------------------------------------------------------------------
 
 
-def _course(report: Report, name: str, title: str, values: Callable[[Series], Floats], told: str) -> str:
+def _course(
+    report: Report, name: str, title: str, values: Callable[[Series], Floats], told: str, *, whole: bool
+) -> str:
+    """Shares over time; ``whole``: the axis goes up to all of them."""
     lines = [
         Line(run.label, times(report, run), values(run), i, range(3 * i % EVERY, len(values(run)), EVERY))
         for i, run in enumerate(report.runs)
     ]
-    y = Axis(title, 0.0, 1.0, whole_percent)
+    y = Axis(title, 0.0, 1.0, whole_percent) if whole else linear(title, [line.y for line in lines], percent)
     return line_chart(Caption(name, title, told), time_axis(report), y, lines)
 
 
 def _course_section(report: Report) -> Section:
     told = told_of(report.runs, lambda summary: f"{percent(summary['attainment'])} over the whole run")
-    chart = _course(report, "course", "attainment by time of arrival", lambda run: run.attained, told)
+    chart = _course(report, "course", "attainment by time of arrival", lambda run: run.attained, told, whole=True)
     rows = [_range_row(run.label, run.attained, run.summary["attainment"]) for run in report.runs]
     intro = "When requests missed their SLO: the share of those arriving at a time that met it. A gap: nobody arrived."
     return Section("course", "Attainment over time", intro, [(chart, "")], Table(RANGE_HEAD, rows))
@@ -218,7 +222,7 @@ def _cache_section(report: Report) -> Section | None:
     if not any(run.summary["cached_token_share"] for run in report.runs):
         return None
     told = told_of(report.runs, lambda summary: f"{percent(summary['cached_token_share'])} over the whole run")
-    chart = _course(report, "cache", "cached share of prompt tokens", lambda run: run.cached, told)
+    chart = _course(report, "cache", "cached share of prompt tokens", lambda run: run.cached, told, whole=False)
     rows = [_range_row(run.label, run.cached, run.summary["cached_token_share"]) for run in report.runs]
     intro = (
         "Prompt tokens that were in a prefix cache of the prefill worker, by time of arrival, of completed requests."

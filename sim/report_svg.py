@@ -23,6 +23,7 @@ LEFT, RIGHT, BELOW = 66.0, 14.0, 46.0
 LETTER, LINE = 6.7, 18.0  # about the width of a letter, and the height of a line of text
 COLOURS, DASHES, SHAPES = 7, 5, 8  # how many there are: no two of the first 280 series look the same
 LEVELS = 12  # shades of a strip
+LEAST = 0.002  # of the full shade, that is shown
 BAR = 26.0
 
 
@@ -249,7 +250,7 @@ class Strip:
 
 
 def strip_chart(caption: Caption, x: Axis, strips: Sequence[Strip], scale: tuple[str, str]) -> str:
-    """A row a series, the darker the higher the value; ``scale`` is what no and full shade mean."""
+    """A row a series, the stronger its colour the higher the value; ``scale`` is what no and full shade mean."""
     left = 16.0 + LETTER * max((len(strip.label) for strip in strips), default=0)
     right = WIDTH - 16.0 - LETTER * max((len(strip.written) for strip in strips), default=0)
     row = 18.0 if len(strips) <= 24 else 10.0
@@ -277,7 +278,8 @@ def _shades(left: float, scale: tuple[str, str]) -> list[str]:
 
 def _strip(strip: Strip, left: float, right: float, y: float, row: float) -> list[str]:
     """One path a shade: stretches of the same shade in a row are one rectangle."""
-    level = np.rint(np.nan_to_num(strip.values) * LEVELS).astype(int).clip(0, LEVELS)
+    level = np.rint(strip.values * LEVELS).astype(int).clip(0, LEVELS)
+    level[(level == 0) & (strip.values > LEAST)] = 1  # a little is not nothing
     changes = [0, *(np.flatnonzero(np.diff(level)) + 1).tolist(), len(level)]
     step = (right - left) / max(1, len(level))
     paths: dict[int, str] = {}

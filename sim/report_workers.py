@@ -72,8 +72,8 @@ def queue_section(report: Report) -> Section:
         most = max(float(queue.rows(run).max(initial=0.0)) for run in report.runs)
         charts += [(_queue_strips(report, queue, i, most), f"{queue.title}.") for i in range(len(report.runs))]
     intro = (
-        "Where requests pile up: lengths are means over a bin of time. In the strips a row is a worker, the darker the "
-        "more requests, and behind it is its mean over the run; a request counts for the worker of its last attempt."
+        "Where requests pile up: lengths are means over a bin of time. In the strips a row is a worker, the stronger "
+        "its colour the more requests, and behind it is its mean; a request counts for the worker of its last attempt."
     )
     rows = [
         [
@@ -129,7 +129,9 @@ def utilisation_section(report: Report) -> Section | None:
         told = ", ".join(f"{strip.label} {strip.written}" for strip in strips)
         caption = Caption(f"busy-{i}", f"Utilisation of each worker over time, {run.label}", told)
         chart = strip_chart(caption, _own_axis(report, run), strips, (f"{run.label}: idle", "always in a step"))
-        charts.append((chart, "The darker, the larger the share of time in steps; behind each row its mean."))
+        charts.append(
+            (chart, "The stronger the colour, the larger the share of time in steps; behind each row its mean.")
+        )
     intro = (
         "The share of time in which a worker computes anything. A decode worker is in steps as soon as it has one "
         "request, so a full row there does not mean a full worker: see how many decode on it."

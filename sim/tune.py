@@ -1,18 +1,20 @@
 """The best split of so many GPUs into prefill and decode workers, and the best chunk size, for a trace.
 
 1. The analytic ratio (ratio.py) names a split to begin with, and about what it carries.
-2. On the busiest eighth of a long trace its capacity is bracketed (search.py). *Every* other split is run once a little
+2. On the busiest part of a long trace its capacity is bracketed (search.py). *Every* other split is run once a little
    above that; those that still meet the target climb together until one is left: the new lead. Every chunk size is
    tried against the lead in the same way; where one wins, the splits are tried again with it. Last, neighbours of the
    winner (a prefill worker more or fewer, the next chunk sizes) are bracketed, too: the margin.
 3. On the whole trace the winner's capacity is bracketed to a step of the grid, 0.5 %; then every split and chunk size
-   whose capacity on the eighth was at most ``REACH`` steps lower is run at ``EDGE`` steps above it. Any that meets the
+   whose capacity on the part was at most ``REACH`` steps lower is run at ``EDGE`` steps above it. Any that meets the
    target there climbs and takes its place.
 
 What is assumed: that more load never makes more requests meet their SLO; that what carries 11 % less than the winner on
-the busiest eighth is not better on the whole; and that the best chunk size of the best split is the best of all (splits
+the busiest part is not better on the whole; and that the best chunk size of the best split is the best of all (splits
 and chunk sizes are not tried in all pairs). Nothing is assumed of how capacity depends on the split: each one is run. A
-tie goes to what led before. Short traces and closed loops are not cut: step 2 then runs on the whole, and is all.
+tie goes to what led before. A part is an eighth to a quarter of the requests, and so long that batches settle: several
+times what an answer takes, at the speed-up that is looked for. Traces that have no such part are not cut, and closed
+loops never: step 2 then runs on the whole, and is all.
 """
 
 from __future__ import annotations
@@ -35,11 +37,12 @@ from twinpool.sim.trace import Trace, slice_time
 CHUNKS = (512, 1024, 2048, 4096, 8192)  # tokens
 EDGE = 2  # steps by which another must be better to be preferred: 1 %
 REACH = 24  # steps
-PART = 8  # of a trace that long, a part is looked at first
-PART_REQUESTS = 2000  # and that has so many requests at least
+PARTS = (8, 6, 4)  # an eighth to a quarter of a trace
+PART_REQUESTS = 2000  # at least
+PART_ANSWERS = 8.0  # at least: seconds of a part, sped up, over those of a mean answer at the ITL SLO
 PART_MISSES = 3.0  # share of its requests that may miss there, over that on the whole: peaks have more of them
 PART_STEPS = 2  # of a bracket on the part: 1 %
-MARGIN_STEPS = 6  # of a neighbour's bracket: 3 %
+MARGIN_STEPS = 10  # of a neighbour's bracket: 5 %
 MARGIN_JUMP = 4  # steps of the first look below the best
 BURSTS = 0.75  # a trace's capacity over what its means allow; public conversation traces have 0.6 to 0.9
 ROUNDS = 4  # of splits and chunk sizes in turn, at most
@@ -268,7 +271,7 @@ def tune(made: Runner, trace: Trace, settings: Settings, gpus: int, target: floa
     order = ratio.order(workers)
     whole = Board(made, trace, settings, workers, target)
     whole.start = _start(trace, ratio.rate(order[0], workers - order[0]))
-    window = busiest(trace)
+    window = busiest(trace, _settle_s(trace, settings.itl_s, speed_of(whole.start)))
     part = whole if window is None else whole.part(window)
     lead = part.climb(part.first([(prefill, settings.chunk_tokens) for prefill in order]), order)
     tell(0.4)
@@ -303,23 +306,33 @@ def _start(trace: Trace, rate: float) -> int:
     return nearest(BURSTS * rate * trace.duration_s / len(trace)) if trace.duration_s and rate < math.inf else 0
 
 
-def busiest(trace: Trace) -> Window | None:
-    """Seconds between which a ``PART`` of the requests come with the most tokens a second; None: look at all.
+def busiest(trace: Trace, settle_s: float) -> Window | None:
+    """Seconds between which the most tokens a second come, of the smallest part of a trace that is ``settle_s`` long.
 
-    None for short traces, and for closed loops, whose sessions a cut would break.
+    None where no part is long enough, and for closed loops, whose sessions a cut would break.
     """
-    n = len(trace)
-    wanted = max(PART_REQUESTS, n // PART)
-    if 2 * wanted > n or trace.after is not None:
+    if trace.after is not None:
         return None
     tokens = list(accumulate(map(add, trace.prompt, trace.output), initial=0))
     arrival = trace.arrival
-    first = max(
-        range(n - wanted),
-        key=lambda i: (tokens[i + wanted] - tokens[i]) / max(TICK_S, arrival[i + wanted] - arrival[i]),
-    )
-    window = arrival[first], arrival[first + wanted]
-    return window if window[1] > window[0] else None
+    for share in PARTS:
+        count = len(trace) // share
+        if count < PART_REQUESTS:
+            continue
+
+        def density(i: int, count: int = count) -> float:
+            return float(tokens[i + count] - tokens[i]) / max(TICK_S, arrival[i + count] - arrival[i])
+
+        first = max(range(len(trace) - count), key=density)
+        start, end = arrival[first], arrival[first + count]
+        if end - start >= max(settle_s, TICK_S):
+            return start, end
+    return None
+
+
+def _settle_s(trace: Trace, itl_s: float, speed: float) -> float:
+    """Seconds of the trace in which batches settle when it is so much faster."""
+    return PART_ANSWERS * speed * itl_s * sum(trace.output) / len(trace)
 
 
 def _verified(whole: Board, part: Board, lead: Search, splits: Sequence[int]) -> Search:

@@ -70,16 +70,16 @@ class SimWorker:
         return self._memory.cached_units
 
     def total(self, totals: WorkerTotals) -> None:
-        """Fills in what this worker did so far; what it sent only its receivers know."""
+        """Adds what this worker did so far: one that died and came back did it as two. Of sending the links know."""
         steps = self._steps
-        totals.busy_prefill_s = steps.prefill_s
-        totals.busy_decode_s = steps.decode_s
-        totals.busy_mixed_s = steps.mixed_s
-        totals.computed_tokens = self._members.prompts.tokens
-        totals.cached_tokens = self._cached_tokens
-        totals.received_bytes = self._received_bytes
+        totals.busy_prefill_s += steps.prefill_s
+        totals.busy_decode_s += steps.decode_s
+        totals.busy_mixed_s += steps.mixed_s
+        totals.computed_tokens += self._members.prompts.tokens
+        totals.cached_tokens += self._cached_tokens
+        totals.received_bytes += self._received_bytes
         totals.blocks = self._memory.blocks
-        totals.peak_blocks = self._memory.peak
+        totals.peak_blocks = max(totals.peak_blocks, self._memory.peak)
 
     # --- what the router says ----------
 

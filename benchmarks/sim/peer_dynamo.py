@@ -10,6 +10,7 @@ routing, prefix caches of 16,384 blocks of 64 tokens a worker, its own built-in 
 import json
 import sys
 import time
+from pathlib import Path
 
 from dynamo._core import run_mocker_trace_replay
 
@@ -17,7 +18,7 @@ from dynamo._core import run_mocker_trace_replay
 def main() -> None:
     """Time one replay."""
     trace, prefill, decode = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    with open(trace, encoding="utf-8") as lines:
+    with Path(trace).open(encoding="utf-8") as lines:
         requests = sum(1 for _ in lines)
     arguments = {role: {"engine": {"worker_type": role, "num_gpu_blocks": 16384, "block_size": 64}}
                  for role in ("prefill", "decode")}  # fmt: skip

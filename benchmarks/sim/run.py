@@ -20,13 +20,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import describe
 
 from twinpool.sim.readers import read_trace
 from twinpool.sim.trace_write import write_trace
 
+HERE = Path(__file__).parent
 TRACES = {"Mooncake conversation": "mooncake_conversation.jsonl.gz", "Azure conversation": "azure_2023_conv.csv.gz"}
 COPIES = (1, 4, 16)
 WORKERS = (8, 32, 128, 512)
@@ -90,9 +90,8 @@ def scaling(folder: Path) -> list[str]:
             half = workers // 2
             row = timed(sys.executable, "one.py", folder / file, "--copies", copies, "--prefill", half,
                         "--decode", half, "--speed", workers / 8)  # fmt: skip
-            lines.append(
-                f"| {name} | {copies} | {workers} | {1e6 * row['wall_s'] / row['requests']:.0f} | {row['peak_mb']:.0f} |"
-            )
+            micros = 1e6 * row["wall_s"] / row["requests"]
+            lines.append(f"| {name} | {copies} | {workers} | {micros:.0f} | {row['peak_mb']:.0f} |")
             print(lines[-1], flush=True)
     return lines
 

@@ -84,7 +84,8 @@ class Run:
 
     def tpot(self, times: Times) -> Floats:
         """Seconds a token after the first."""
-        return times.decode / (np.asarray(self.trace.output) - 1)
+        tokens: Floats = np.asarray(self.trace.output, dtype=np.float64)
+        return times.decode / (tokens - 1.0)
 
 
 class EngineQueue:
