@@ -168,6 +168,8 @@ class Core:
             output = self.state.expected_output(request) if placement.local else 0
             if not worker.fits(request.length + output):
                 return
+            if placement.local and len(worker.prefills) + worker.batch >= worker.max_batch:
+                return
             self.state.unbind(request)
             if not placement.local and not self._may_decode(placement.decode, request):
                 placement = placement._replace(decode=NOBODY)  # found again when somebody has room

@@ -86,7 +86,7 @@ def test_noise_outliers_and_a_cold_start_do_not_move_it() -> None:
 
 def test_heavy_noise_is_fitted_in_its_middle() -> None:
     draw = random.Random(3)
-    steps = steps_of(LLAMA_8B_H100_TP1, 4000)
+    steps = steps_of(LLAMA_8B_H100_TP1, 2500)
     noisy = Steps()
     for i in range(len(steps)):
         one = steps.at(i)

@@ -58,7 +58,7 @@ def test_events_become_failures(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, sentence: str) -> None:
-    with pytest.raises(ConfigError, match="scenario.yaml") as error:
+    with pytest.raises(ConfigError, match="scenario") as error:
         with_scenario(CLUSTER, scenario(tmp_path, head=text))
     assert sentence in error.value.message
 
@@ -76,8 +76,9 @@ def test_all_kinds_of_events_end_well(tmp_path: Path) -> None:
         "{at_s: 5, worker: d0, what: stall, seconds: 3}", "{at_s: 9, worker: d1, what: die}",
         "{at_s: 10, worker: p1, what: both}", "{at_s: 12, worker: d1, what: return}",
         "{at_s: 15, worker: p1, what: prefill}", "{at_s: 16, worker: d0, what: drain}",
-        "{at_s: 16, worker: d0, what: return}", "{at_s: 17, worker: d1, what: die}", "{at_s: 17, worker: d1, what: die}",
-        "{at_s: 19, worker: d1, what: return}", "{at_s: 9999, worker: p0, what: decode}",
+        "{at_s: 16, worker: d0, what: return}", "{at_s: 17, worker: d1, what: die}",
+        "{at_s: 17, worker: d1, what: die}", "{at_s: 19, worker: d1, what: return}",
+        "{at_s: 9999, worker: p0, what: decode}",
     )  # fmt: skip
     result = replay(traffic(100), with_scenario(CLUSTER, path))
     assert (result.columns.outcome == COMPLETED).all()

@@ -132,7 +132,7 @@ def capacity_command(
             "parameters": settings.parameters, "profile": settings.profile, "prefill": settings.prefill,
             "decode": settings.decode, "both": settings.both, "target": target, "capacity": found.speed,
             "requests_per_s": _rate(loaded.trace, found.speed), "bound": bound if math.isfinite(bound) else None,
-            "share_of_bound": found.speed / bound if bound else None, "runs": found.runs, "notices": loaded.notices,
+            "share_of_bound": found.speed / bound if 0.0 < bound < math.inf else None, "runs": found.runs, "notices": loaded.notices,
         }  # fmt: skip
         screen.write(figures)
         if not screen.only_json:
@@ -159,7 +159,9 @@ def _show_capacity(figures: dict[str, Any]) -> None:
     table.add_row(f"capacity at {figures['target']:.4g}", f"{figures['capacity']:.4g} x the trace's speed")
     if figures["requests_per_s"] is not None:
         table.add_row("", f"{figures['requests_per_s']:.4g} requests/s")
-    if figures["bound"] is not None:
+    if figures["bound"] is None:
+        table.add_row("no policy can do more than", "no clairvoyant bound is known for this trace and target")
+    else:
         table.add_row("no policy can do more than", f"{figures['bound']:.4g} x (clairvoyant bound)")
         table.add_row("share of the bound", f"{figures['share_of_bound']:.1%}")
     Console(highlight=False).print(table)
@@ -244,6 +246,7 @@ def policies(json_file: JsonFile = None) -> None:
         if screen.only_json:
             return
         table = Table("policy", "what it does", "parameters", "source")
+        table.columns[0].no_wrap = True
         for info in infos:
             knobs = ", ".join(f"{key}={knob.default}" for key, knob in info.parameters.items())
             name = f"{info.name} (default)" if info.name == DEFAULT else info.name
