@@ -65,6 +65,9 @@ class Cluster:
         )  # fmt: skip
 
 
+MakeWorker = Callable[[Cluster, int, Loop], SimWorker]
+
+
 def _block_size(settings: Settings, trace: Trace) -> int:
     """The settings', unless the trace's hashes stand for less or do not divide."""
     size, unit = settings.block_size, trace.block_tokens
@@ -114,7 +117,7 @@ def arrivals_of(trace: Trace, settings: Settings) -> Arrivals:
 
 def build(
     trace: Trace, settings: Settings, policy: Policy | None = None, watch: Watch | None = None,
-    make_worker: Callable[[Cluster, int, Loop], SimWorker] = Cluster.worker,
+    make_worker: MakeWorker = Cluster.worker,
 ) -> Loop:  # fmt: skip
     """A cluster that is up, and its trace, before the first arrival."""
     cluster = Cluster(settings, trace)
@@ -124,11 +127,11 @@ def build(
     for number, roles in enumerate(settings.roles()):
         loop.add_worker(make_worker(cluster, number, loop), cluster.worker_up(number, roles))
     for failure in settings.failures:
-        _plan(failure, cluster, loop)
+        _plan(failure, cluster, loop, make_worker)
     return loop
 
 
-def _plan(failure: Failure, cluster: Cluster, loop: Loop) -> None:
+def _plan(failure: Failure, cluster: Cluster, loop: Loop, make_worker: MakeWorker) -> None:
     names, roles = cluster.settings.names(), cluster.settings.roles()
     if failure.worker not in names:
         raise ConfigError(f"the scenario names worker {failure.worker!r}: there are {', '.join(names)}")
@@ -139,7 +142,7 @@ def _plan(failure: Failure, cluster: Cluster, loop: Loop) -> None:
             loop.lose_worker(number, now)
         elif failure.what == "return":
             if number not in loop.workers:
-                loop.add_worker(cluster.worker(number, loop), cluster.worker_up(number, roles[number]))
+                loop.add_worker(make_worker(cluster, number, loop), cluster.worker_up(number, roles[number]))
         elif number in loop.workers:
             _change(failure, number, loop, now)
 

@@ -132,7 +132,8 @@ def capacity_command(
             "parameters": settings.parameters, "profile": settings.profile, "prefill": settings.prefill,
             "decode": settings.decode, "both": settings.both, "target": target, "capacity": found.speed,
             "requests_per_s": _rate(loaded.trace, found.speed), "bound": bound if math.isfinite(bound) else None,
-            "share_of_bound": found.speed / bound if 0.0 < bound < math.inf else None, "runs": found.runs, "notices": loaded.notices,
+            "share_of_bound": found.speed / bound if 0.0 < bound < math.inf else None, "runs": found.runs,
+            "notices": loaded.notices,
         }  # fmt: skip
         screen.write(figures)
         if not screen.only_json:
