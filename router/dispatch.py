@@ -44,9 +44,11 @@ class Dispatcher:
         ranks: dict[str, int],
         transfer_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        decide: Callable[[ev.Event, float], list[ev.Action]] | None = None,
     ) -> None:
-        """``ranks``: class name -> rank, 0 = most urgent."""
+        """``ranks``: class name -> rank, 0 = most urgent. ``decide``: in place of ``core.on``, see decision_log.py."""
         self.core = core
+        self._decide = decide or core.on
         self.roster = roster
         self.router = uuid.uuid4().hex
         self._ranks = ranks
@@ -175,7 +177,7 @@ class Dispatcher:
 
     def _on(self, event: ev.Event) -> None:
         now = self._clock()
-        for action in self.core.on(event, now):
+        for action in self._decide(event, now):
             self._performer.perform(action)
         self._arm(now)
 

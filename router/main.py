@@ -13,6 +13,7 @@ from twinpool.config import ClusterConfig
 from twinpool.errors import TwinpoolError
 from twinpool.router.cell import Slo, Submission
 from twinpool.router.core import Core
+from twinpool.router.decision_log import DecisionLog
 from twinpool.router.dispatch import Dispatcher
 from twinpool.router.edge.server import EdgeServer
 from twinpool.router.links import LinkSettings, listen
@@ -56,7 +57,8 @@ async def serve(
     """
     tokenizer = await asyncio.to_thread(load_tokenizer, None if config.model.path is None else str(config.model.path))
     requests = RequestLog(config.edge.request_log)
-    cell = _cell(config, requests)
+    core, decisions = _core(config)
+    cell = _cell(config, core, requests, decisions)
     edge = EdgeServer(cell, config, tokenizer, Metrics())
     addresses = await edge.start()
     links, workers = await listen(cell, _link_settings(config, token), config.link.listen)
@@ -77,9 +79,12 @@ async def serve(
         for _, member in cell.roster:
             member.link.close()
         requests.close()
+        if decisions is not None:
+            decisions.close()
 
 
-def _cell(config: ClusterConfig, requests: RequestLog) -> Dispatcher:
+def _core(config: ClusterConfig) -> tuple[Core, DecisionLog | None]:
+    """The core, and the log of it if one is wanted."""
     scheduling = config.scheduling
     limits = Limits(
         max_queue=scheduling.max_queue,
@@ -87,17 +92,25 @@ def _cell(config: ClusterConfig, requests: RequestLog) -> Dispatcher:
         no_worker_wait_s=scheduling.no_worker_wait_ms / 1000,
         lease_s=config.link.lease_ms / 1000,
     )
+    paths = {"paths": scheduling.path} if scheduling.policy == DEFAULT else {}
+    parameters = paths | scheduling.parameters
+    core = Core(make_policy(scheduling.policy, parameters), limits)
+    core.state.next_attempt += secrets.randbits(31)  # workers may still be ending what an earlier router numbered
+    if scheduling.decision_log is None:
+        return core, None
+    return core, DecisionLog(scheduling.decision_log, core, scheduling.policy, parameters)
+
+
+def _cell(config: ClusterConfig, core: Core, requests: RequestLog, decisions: DecisionLog | None) -> Dispatcher:
     # Not the size of the vocabulary: a model's head may be padded beyond its tokenizer.
     settled: dict[str, object] = {"dtype": config.model.dtype, "block_size": config.worker.block_size}
-    paths = {"paths": scheduling.path} if scheduling.policy == DEFAULT else {}
-    core = Core(make_policy(scheduling.policy, paths | scheduling.parameters), limits)
-    core.state.next_attempt += secrets.randbits(31)  # workers may still be ending what an earlier router numbered
     return Dispatcher(
         core,
         Roster(settled),
         requests,
-        ranks={name: rank for rank, name in enumerate(scheduling.classes)},
+        ranks={name: rank for rank, name in enumerate(config.scheduling.classes)},
         transfer_timeout_s=config.transfer.timeout_ms / 1000,
+        decide=decisions.decide if decisions is not None else None,
     )
 
 

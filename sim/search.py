@@ -27,13 +27,15 @@ from twinpool.errors import ConfigError, TwinpoolError
 from twinpool.sim.bound import bound_capacity
 from twinpool.sim.loop import Loop
 from twinpool.sim.replay import build, replay, result_of, run
+from twinpool.sim.result import Result
 from twinpool.sim.settings import Settings
 from twinpool.sim.trace import Trace, slice_time, speed
 
 TOLERANCE = 0.005  # a step of the grid
 FARTHEST = 1668  # steps: 4,096 times as fast or as slow
-LOOKS = 5  # at gaps, in a run that may be cut short
+LOOKS = 3  # at gaps, in a run that may be cut short
 JUMP = 16  # steps, of the first move towards a bracket: 8 %
+SOME = 8  # misses, before their number says where more would be
 UNSERVABLE = "KV_TOO_SMALL"  # the core's reason for refusing what no worker can hold
 
 T = TypeVar("T")
@@ -88,6 +90,7 @@ class Trial(NamedTuple):
     misses: int
     progress: float = 1.0
     unservable: int = 0  # of the misses, requests that no worker can hold
+    figures: dict[str, Any] | None = None  # of a whole run that was cut short nowhere: ``Result.figures``
 
     @property
     def attained(self) -> float:
@@ -111,15 +114,16 @@ def trial(trace: Trace, settings: Settings, target: float = 0.0) -> Trial:
         loop.spare_misses = allowed_misses(n, target)
         loop.watch = _look_at_gaps(loop, trace, settings)
     run(loop)
-    misses = _missed(loop, trace, settings)
-    if loop.done < n:
-        misses = max(misses, loop.missed)  # this counts late first tokens of requests that are not over, too
-    return Trial(n, misses, loop.done / n, loop.record.reasons.get(UNSERVABLE, 0))
+    result, unservable = result_of(loop, trace, settings), loop.record.reasons.get(UNSERVABLE, 0)
+    if loop.done == n:
+        return Trial(n, _missed(loop, result), 1.0, unservable, result.figures())
+    misses = max(_missed(loop, result), loop.missed)  # this counts late first tokens of requests that are not over, too
+    return Trial(n, misses, loop.done / n, unservable)
 
 
-def _missed(loop: Loop, trace: Trace, settings: Settings) -> int:
+def _missed(loop: Loop, result: Result) -> int:
     """Requests that are over and missed their SLO."""
-    return loop.done - int(result_of(loop, trace, settings).columns.attained().sum())
+    return loop.done - int(result.columns.attained().sum())
 
 
 def _look_at_gaps(loop: Loop, trace: Trace, settings: Settings) -> Callable[[int, float], None]:
@@ -129,7 +133,7 @@ def _look_at_gaps(loop: Loop, trace: Trace, settings: Settings) -> Callable[[int
     def look(done: int, now: float) -> None:
         if looks and done >= looks[0]:
             del looks[0]
-            if _missed(loop, trace, settings) > loop.spare_misses:
+            if _missed(loop, result_of(loop, trace, settings)) > loop.spare_misses:
                 loop.spare_misses = -1
 
     return look
@@ -167,10 +171,6 @@ class Runner:
     def summaries(self, jobs: Sequence[Job], done: Callable[[], None] | None = None) -> list[dict[str, Any]]:
         """Summaries of runs, in the order of the jobs; ``done`` is called after each. Raises what a job raised."""
         return _gathered([self._pool.submit(_summary, job) for job in jobs], done)
-
-    def summary(self, job: Job) -> Future[dict[str, Any]]:
-        """The summary of one run, beside whatever else is run."""
-        return self._pool.submit(_summary, job)
 
     def bound(self, settings: Settings, target: float) -> Future[float]:
         """``bound_capacity``, beside whatever else is run."""
@@ -256,11 +256,22 @@ class Search:
         if self.low is not None and self.high is not None:
             return self._inside(self.low, self.high, count)
         if self.low is None and self.high is None:
-            return _on_grid(self.start + self.jump * (i - count // 2) for i in range(count))
+            return _on_grid(self.start + self.jump * i for i in range(count))
         stride = max(self.jump, max(self.trials) - min(self.trials))  # so far: it doubles
         if self.high is None and self.low is not None:
+            ahead = self._ahead(self.low, 3 * stride)
+            if ahead:
+                return _on_grid(self.low + ahead + (stride * i) // 2 for i in range(count))
             return _on_grid(self.low + stride * ((1 << i + 1) - 1) for i in range(count))
         return _on_grid((self.high or 0) - stride * ((1 << i + 1) - 1) for i in range(count))
+
+    def _ahead(self, low: int, most: int) -> int:
+        """Steps to the capacity by the line through the two highest places that meet the target; 0: no telling."""
+        before = max((k for k in self.trials if k < low), default=low)
+        rise = self.trials[low].depth() - self.trials[before].depth()
+        if rise <= 0.0 or self.trials[low].misses < SOME:
+            return 0
+        return min(most, 1 + int((low - before) * (math.log(self.allowed + 0.75) - self.trials[low].depth()) / rise))
 
     def _inside(self, low: int, high: int, count: int) -> list[int]:
         width = high - low

@@ -4,7 +4,7 @@
 2. On the busiest part of a long trace its capacity is bracketed (search.py). *Every* other split is run once a little
    above that; those that still meet the target climb together until one is left: the new lead. Every chunk size is
    tried against the lead in the same way; where one wins, the splits are tried again with it. Last, neighbours of the
-   winner (a prefill worker more or fewer, the next chunk sizes) are bracketed, too: the margin.
+   winner (a prefill worker more or fewer, the next chunk sizes) are looked at a few steps below: the margin.
 3. On the whole trace the winner's capacity is bracketed to a step of the grid, 0.5 %; then every split and chunk size
    whose capacity on the part was at most ``REACH`` steps lower is run at ``EDGE`` steps above it. Any that meets the
    target there climbs and takes its place.
@@ -39,11 +39,10 @@ EDGE = 2  # steps by which another must be better to be preferred: 1 %
 REACH = 24  # steps
 PARTS = (8, 6, 4)  # an eighth to a quarter of a trace
 PART_REQUESTS = 2000  # at least
-PART_ANSWERS = 8.0  # at least: seconds of a part, sped up, over those of a mean answer at the ITL SLO
+PART_ANSWERS = 6.0  # at least: seconds of a part, sped up, over those of a mean answer at the ITL SLO
 PART_MISSES = 3.0  # share of its requests that may miss there, over that on the whole: peaks have more of them
-PART_STEPS = 2  # of a bracket on the part: 1 %
-MARGIN_STEPS = 10  # of a neighbour's bracket: 5 %
-MARGIN_JUMP = 4  # steps of the first look below the best
+PART_STEPS = 4  # of a bracket on the part: 2 %
+MARGINS = (4, 12, 32)  # steps below the best at which neighbours are looked at: 2, 6 and 15 %
 BURSTS = 0.75  # a trace's capacity over what its means allow; public conversation traces have 0.6 to 0.9
 ROUNDS = 4  # of splits and chunk sizes in turn, at most
 
@@ -78,7 +77,7 @@ class Neighbour:
 
     tried: Tried
     at_least: float  # negative: it may be better by so much
-    at_most: float
+    at_most: float | None  # None: nobody looked so far below
 
     def figures(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -97,7 +96,7 @@ class Tuned:
     tried: Sequence[dict[str, Any]]  # on the whole trace
     tried_on_part: Sequence[dict[str, Any]]
     window: Window | None  # of the part
-    summary: Summary  # of a run of the best at its capacity
+    summary: Summary  # of the best at its capacity
     facts: dict[str, Any]  # trace, GPUs, policy, profile
 
     def figures(self) -> dict[str, Any]:
@@ -121,7 +120,7 @@ class Tuned:
             "tried": list(self.tried),
             "tried_on_part": list(self.tried_on_part),
             "part_s": self.window,
-            "runs": sum(each["runs"] for each in (*self.tried, *self.tried_on_part)) + 1,
+            "runs": sum(each["runs"] for each in (*self.tried, *self.tried_on_part)),
         }
 
 
@@ -196,7 +195,7 @@ class Board:
                 alive, level = higher, level + stride
             else:
                 stride //= 2
-        best = min(alive, key=lambda search: search.trials[level].misses)
+        best = min(alive, key=lambda search: (-_low(search), search.trials[_low(search)].misses))
         self.narrow([best], self.stride)
         return best
 
@@ -221,10 +220,10 @@ class Board:
         searches = [self.at(*key) for key in keys]
         self.narrow([lead], self.stride)
         best = _low(lead)
-        self.meeting(searches, best + EDGE)
-        for search in searches:
-            search.jump = MARGIN_JUMP
-        self.narrow(searches, MARGIN_STEPS)
+        left = searches
+        for steps in (-EDGE, *MARGINS):
+            met = self.meeting(left, best - steps)
+            left = [search for search in left if search not in met]
         return [_neighbour(search, speed_of(best)) for search in searches]
 
     def figures(self) -> list[dict[str, Any]]:
@@ -255,7 +254,7 @@ def _tried(search: Search) -> Tried:
 def _neighbour(search: Search, best: float) -> Neighbour:
     tried = _tried(search)
     missed = best if tried.missed is None else tried.missed
-    return Neighbour(tried, at_least=1.0 - missed / best, at_most=1.0 - (tried.met or 0.0) / best)
+    return Neighbour(tried, at_least=1.0 - missed / best, at_most=None if tried.met is None else 1.0 - tried.met / best)
 
 
 def tune(made: Runner, trace: Trace, settings: Settings, gpus: int, target: float, tell: Tell | None = None) -> Tuned:
@@ -279,12 +278,11 @@ def tune(made: Runner, trace: Trace, settings: Settings, gpus: int, target: floa
         lead = _verified(whole, part, lead, order)
         tell(0.8)
     capacity = speed_of(_low(lead))
-    summary = made.summary(Job(lead.settings, capacity))
     neighbours = part.neighbours(part.at(*_key(lead)))
     tell(1.0)
     return Tuned(
         _tried(lead), capacity, ratio, (order[0], workers - order[0]), neighbours, whole.figures(),
-        [] if part is whole else part.figures(), window, summary.result(),
+        [] if part is whole else part.figures(), window, lead.trials[_low(lead)].figures or {},
         {"trace": trace.name, "requests": len(trace), "target": target, "policy": settings.policy,
          "profile": settings.profile, "gpus": gpus, "workers": workers, "gpus_per_worker": size},
     )  # fmt: skip

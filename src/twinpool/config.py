@@ -119,6 +119,7 @@ class SchedulingConfig(Section):
         description="SLO classes by name; what the file gives replaces all of these",
     )
     default_class: str = Field("realtime", description="class of requests that name none")
+    decision_log: Path | None = Field(None, description="file of all that the core hears and does; empty: none")
 
     @model_validator(mode="after")
     def _default_class_exists(self) -> Self:

@@ -205,11 +205,11 @@ def test_jobs_in_other_processes_are_as_here(made: Runner) -> None:
     parts = [traffic(), traffic(), slice_time(traffic(), 5.0, 20.0)]
     assert found == [trial(speed(part, job.speed), CLUSTER, job.target) for part, job in zip(parts, jobs, strict=True)]
     assert len(over) == 3
-    summary = made.summary(jobs[0]).result()
-    here = replay(speed(traffic(), 2.0), CLUSTER).summary()
-    assert {key: each for key, each in summary.items() if "wall" not in key} == {
-        key: each for key, each in here.items() if "wall" not in key
-    }
+    here = replay(speed(traffic(), 2.0), CLUSTER).figures()
+    assert found[0].figures == here
+    (summary,) = made.summaries(jobs[:1])
+    assert {key: each for key, each in summary.items() if "wall" not in key} == here
+    assert found[1].progress == 1.0 or found[1].figures is None
 
 
 def test_what_a_job_raises_is_raised_here(made: Runner) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, cast
 
@@ -26,6 +25,9 @@ from twinpool.sim.tune import CHUNKS, EDGE, busiest, tune
 
 SMALL = Settings(profile="h100_sxm/llama-3.1-8b/tp1")
 N = 400
+FIGURES = dict.fromkeys(
+    ("goodput_rps", "goodput_rps_per_gpu", "attainment", "cost_per_million_tokens", "tokens_per_joule"), 1.0
+)
 
 # --- the analytic ratio ----------
 
@@ -119,13 +121,11 @@ class Clusters:
         n = len(self.trace if job.window is None else slice_time(self.trace, *job.window))
         allowed = allowed_misses(n, job.target)
         misses = min(n, round(allowed * 2.0 ** min(20.0, over / 6)))
-        return Trial(n, min(misses, allowed)) if over <= 0 else Trial(n, allowed + 1, allowed / max(allowed, misses))
-
-    def summary(self, job: Job) -> Future[dict[str, Any]]:
-        names = ("goodput_rps", "goodput_rps_per_gpu", "attainment", "cost_per_million_tokens", "tokens_per_joule")
-        made: Future[dict[str, Any]] = Future()
-        made.set_result(dict.fromkeys(names, job.speed))
-        return made
+        return (
+            Trial(n, min(misses, allowed), figures=FIGURES)
+            if over <= 0
+            else Trial(n, allowed + 1, allowed / max(allowed, misses))
+        )
 
 
 def tuned(made: Clusters, gpus: int = 12) -> dict[str, Any]:
@@ -145,12 +145,14 @@ def test_no_split_is_better_whatever_the_landscape(heights: list[int]) -> None:
     assert best >= max(heights) - EDGE
     assert found["capacity"] == speed_of(best)
     assert {each["prefill"] for each in found["tried"]} == set(range(1, 12))
-    assert found["runs"] == len(made.jobs) + 1
+    assert found["runs"] == len(made.jobs)
     around = {(each["prefill"], each["chunk_tokens"]): each for each in found["neighbours"]}
     for (prefill, chunk), each in around.items():
         true = heights[prefill - 1] - (chunk != 2048) * 50
-        assert each["margin_at_least"] <= 1 - speed_of(true) / speed_of(best) + 1e-5 <= each["margin_at_most"] + 2e-5
-        assert each["margin_at_most"] - each["margin_at_least"] < 0.06
+        margin = 1 - speed_of(true) / speed_of(best)
+        most = 1.0 if each["margin_at_most"] is None else each["margin_at_most"]
+        assert each["margin_at_least"] <= margin + 1e-5 <= most + 2e-5
+        assert most - each["margin_at_least"] < 0.1 or best - true > 32
     wanted = {(p, found["chunk_tokens"]) for p in (found["prefill"] - 1, found["prefill"] + 1) if 1 <= p <= 11}
     assert wanted < set(around)
 

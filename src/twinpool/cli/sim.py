@@ -82,19 +82,18 @@ def settings_of(
 
 
 def ready(settings: Settings, seed: int) -> Settings:
-    """The settings, with the seed for a policy that draws at random and was not given one.
+    """The settings, with a seed for a policy that draws at random, and what a calibrated profile knows of the edge.
 
     Raises ConfigError where policy, a parameter of it or profile does not exist: before a trace is read.
     """
     from twinpool.router.policy.registry import POLICIES, make_policy
-    from twinpool.sim.profiles import load_profile
+    from twinpool.sim.profiles import with_measured
 
     info = POLICIES.get(settings.policy)
     if info is not None and "seed" in info.parameters:
         settings = replace(settings, parameters={"seed": seed} | settings.parameters)
     make_policy(settings.policy, settings.parameters)
-    load_profile(settings.profile)
-    return settings
+    return with_measured(settings)
 
 
 def _parameter(text: str) -> tuple[str, float | str]:
