@@ -226,13 +226,3 @@ def _totals(loop: Loop, number: int, name: str, roles: tuple[str, ...], profile:
         worker.total(totals)
     totals.sent_bytes = loop.links.sent[number]
     return totals
-
-
-def attainment(trace: Trace, settings: Settings, target: float = 0.0) -> float:
-    """Share of offered requests that meet their SLO; a run that cannot reach ``target`` any more is cut short."""
-    loop = build(trace, settings)
-    loop.spare_misses = int((1.0 - target) * len(trace)) if target > 0.0 else len(trace)
-    run(loop)
-    if loop.missed > loop.spare_misses:
-        return 1.0 - loop.missed / len(trace)
-    return float(result_of(loop, trace, settings).columns.attained().mean())

@@ -211,6 +211,13 @@ def test_tune(folder: Path) -> None:
     assert (found["prefill"], found["decode"], found["gpus"]) == (1, 1, 9)
     assert found["capacity"] > 0
     assert {"cost_per_million_tokens", "tokens_per_joule", "neighbours", "analytic", "chunk_tokens"} <= set(found)
+    shown = sim(*arguments)
+    assert "1 prefill + 1 decode of h100_sxm" in shown.stdout
+    for each in found["neighbours"]:
+        least = f"by {max(0.0, 100 * each['margin_at_least']):.1f}"
+        far = each["margin_at_most"] is None
+        assert least + (" % or more" if far else f" to {max(0.0, 100 * each['margin_at_most']):.1f} %") in shown.stdout
+    assert found["neighbours"]
     few = sim("tune", folder / "open.jsonl", "--gpus", 7)
     assert few.exit_code == 2
     assert "give --gpus 8 or more" in few.stderr

@@ -224,12 +224,9 @@ def _show_tuned(figures: dict[str, Any]) -> None:
 def _neighbours(figures: dict[str, Any]) -> Table:
     table = Table("neighbour", "chunk", "capacity, less than the best's", box=None)
     for each in figures["neighbours"]:
-        low, high = 100 * each["margin_at_least"], 100 * each["margin_at_most"]
-        table.add_row(
-            f"{each['prefill']} + {each['decode']}",
-            str(each["chunk_tokens"]),
-            f"by {max(0.0, low):.1f} to {high:.1f} %",
-        )
+        low, most = f"by {max(0.0, 100 * each['margin_at_least']):.1f}", each["margin_at_most"]
+        margin = f"{low} % or more" if most is None else f"{low} to {max(0.0, 100 * most):.1f} %"
+        table.add_row(f"{each['prefill']} + {each['decode']}", str(each["chunk_tokens"]), margin)
     return table
 
 
