@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from twinpool.cost import ITL_SHARE
 from twinpool.router import events as ev
 from twinpool.router.policy.base import Placement
 from twinpool.router.request import NOBODY, Phase, Ready, Request
@@ -209,7 +210,7 @@ class Attempts:
             state.wake_at(request.deadline, request)  # whatever becomes of this attempt
 
     def _predicted_gap(self, request: Request) -> float:
-        """Seconds until the second token: the last blocks' way, half a running step, one step."""
+        """Seconds until the second token at worst: the last blocks' way, the step that runs by then, and its own."""
         if request.left <= 0 or request.path == "local":
             return 0.0
         if request.decode == NOBODY:
@@ -218,7 +219,10 @@ class Attempts:
         worker = state.pool.workers[request.decode]
         missing = request.blocks(worker.block_size) - request.held - request.verified
         step = worker.decode_s(max(1, worker.batch), worker.context)
-        return missing * worker.block_bytes / state.bytes_per_s + (1.5 if worker.batch > 1 else 1.0) * step
+        if worker.prefills:  # chunks fill its steps
+            step = max(step, ITL_SHARE * worker.tightest_itl(request.itl_s))
+        steps = 2.0 if worker.batch > 1 or worker.prefills else 1.0
+        return missing * worker.block_bytes / state.bytes_per_s + steps * step
 
     def ended(self, event: ev.Ended, now: float) -> None:
         """The sequence is complete; the worker that says so has freed its part."""

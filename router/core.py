@@ -33,6 +33,7 @@ class Core:
         self._short_since: dict[str, float] = {"prefill": 0.0, "decode": 0.0}  # since when a pool has been empty
         self._renew_at = math.inf
         self._room_at = math.inf  # when a worker is predicted to have room for the head of the queue
+        self.tick_bound = math.inf  # no Tick is wanted before
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             ev.Submit: self._submit, ev.Cancel: self._cancel, ev.Tick: self._tick,
             ev.WorkerUp: self._worker_up, ev.WorkerLost: self._worker_lost, ev.WorkerDraining: self._worker_draining,
@@ -54,16 +55,18 @@ class Core:
             else:
                 state.room_changed = False
                 self._room_at = math.inf
+        when = self._renew_at if self._renew_at < self._room_at else self._room_at
+        if state.timers and state.timers[0][0] < when:
+            when = state.timers[0][0]
+        self.tick_bound = when
         return state.actions
 
     def next_tick(self) -> float:
-        """When a Tick is wanted next; infinity if nothing waits for time."""
+        """When a Tick is wanted next; infinity if nothing waits for time. ``tick_bound`` is cheap, and never later."""
+        timer = self.state.next_timer()
         when = self._renew_at if self._renew_at < self._room_at else self._room_at
-        if self.state.timers:
-            timer = self.state.next_timer()
-            if timer < when:
-                return timer
-        return when
+        self.tick_bound = when if when < timer else timer
+        return self.tick_bound
 
     def _use_room(self, now: float) -> None:
         state = self.state

@@ -13,7 +13,6 @@ attempt is here. TRANSFERRED: the decode worker verified every block. DECODING: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -33,14 +32,16 @@ class Phase(IntEnum):
     REJECTED = 9
 
 
-@dataclass(slots=True)
 class Ready:
     """Blocks announced by the prefill worker, not yet pulled."""
 
-    first: int
-    count: int
-    blocks: bytes
-    sums: bytes
+    __slots__ = ("blocks", "count", "first", "sums")
+
+    def __init__(self, first: int, count: int, blocks: bytes, sums: bytes) -> None:
+        self.first = first
+        self.count = count
+        self.blocks = blocks
+        self.sums = sums
 
 
 NOBODY = -1
@@ -60,14 +61,6 @@ class Placement(NamedTuple):
     def local(self) -> bool:
         """One worker does both."""
         return self.path == "local"
-
-
-class Bound(NamedTuple):
-    """A placed request that its prefill worker has no memory for yet (policies that bind at arrival)."""
-
-    request: Request
-    placement: Placement
-    tokens: int  # uncached, by prediction
 
 
 class Request:
@@ -167,3 +160,11 @@ class Request:
     def blocks(self, block_size: int) -> int:
         """Blocks that hold ``length`` tokens."""
         return -(-self.length // block_size)
+
+
+class Bound(NamedTuple):  # after Request: compiled, the types of a named tuple are looked up where it stands
+    """A placed request that its prefill worker has no memory for yet (policies that bind at arrival)."""
+
+    request: Request
+    placement: Placement
+    tokens: int  # uncached, by prediction

@@ -20,7 +20,7 @@ FORGETTING = 0.05  # weight of a new sample in the running means
 MIN_TIMERS = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Limits:
     """Bounds of a cell; seconds."""
 

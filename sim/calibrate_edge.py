@@ -8,8 +8,12 @@ All are what the simulator's own timeline (``loop.py``, ``worker.py``) lacks wit
                 transferred - first - 2 latency = setup + bytes / rate, over the bytes of a prompt's last chunk: those
                 before it move while the prompt is computed
 
-Each is a median (the last a median of slopes: Theil, 1950; Sen, 1968), so some slow requests change nothing. Not in
-it is what is outside of the router's core: a caller's network, gRPC, the tokenizer.
+Each is a median (the last a median of slopes: Theil, 1950; Sen, 1968), so some slow requests change nothing. What is
+outside of the router's core (a caller's network, gRPC, the tokenizer) is not in its log: only clients can tell, and then
+
+    outside_s   the client's time to the first token - the router's, which every answer says
+
+is a part of edge_s, too.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from twinpool.sim.calibrate_logs import LoggedRequest
+from twinpool.sim.calibrate_logs import ClientTime, LoggedRequest
 from twinpool.sim.profiles import Edge
 
 ENOUGH = 10  # requests without which nothing is said
@@ -49,6 +53,7 @@ class EdgeFound:
     setup_s: Measured
     link_bytes_per_s: Measured
     requests: int
+    outside_s: Measured = Measured(None, note="no times of clients were given")  # a part of edge_s
 
     def edge(self) -> Edge:
         """What a profile holds of it."""
@@ -64,17 +69,27 @@ class EdgeFound:
 
     def figures(self) -> dict[str, Any]:
         """For JSON."""
-        names = ("latency_s", "edge_s", "setup_s", "link_bytes_per_s")
+        names = ("latency_s", "edge_s", "outside_s", "setup_s", "link_bytes_per_s")
         return {name: getattr(self, name)._asdict() for name in names} | {"requests": self.requests}
 
 
-def measure_edge(log: Sequence[LoggedRequest], *, chunk_tokens: int, kv_bytes_per_token: float | None) -> EdgeFound:
+def measure_edge(
+    log: Sequence[LoggedRequest],
+    *,
+    chunk_tokens: int,
+    kv_bytes_per_token: float | None,
+    clients: Sequence[ClientTime] = (),
+) -> EdgeFound:
     """What the requests of a log say. ``chunk_tokens``: most prompt tokens in a step of their workers."""
     once = [request for request in log if request.attempts == 1]
     latency = _latency(once)
     one_way = latency.value or 0.0
     setup, rate = _transfers(once, one_way, chunk_tokens, kv_bytes_per_token)
-    return EdgeFound(latency, _overhead(log, one_way), setup, rate, len(log))
+    outside = _median([client.outside_s for client in clients], "times of clients")
+    overhead = _overhead(log, one_way, outside.value or 0.0)
+    if overhead.value is None and outside.value is not None:
+        overhead = outside._replace(note=f"what is outside of the router alone, for {overhead.note}")
+    return EdgeFound(latency, overhead, setup, rate, len(log), outside)
 
 
 def _median(values: list[float], what: str, *, note: str = "") -> Measured:
@@ -98,11 +113,11 @@ def _room_at_once(request: LoggedRequest) -> bool:
     return abs(request.edges["reserved"] - request.edges.get("prefill", -1.0)) < 1e-4
 
 
-def _overhead(log: Sequence[LoggedRequest], one_way: float) -> Measured:
-    """Of prompts that had their worker to themselves."""
+def _overhead(log: Sequence[LoggedRequest], one_way: float, outside: float) -> Measured:
+    """Of prompts that had their worker to themselves, and what is outside of the router."""
     alone = _alone(log)
     spent = [
-        request.edges["first"] - request.edges["prefill"] - request.compute_s - 2.0 * one_way
+        outside + request.edges["first"] - request.edges["prefill"] - request.compute_s - 2.0 * one_way
         for request, is_alone in zip(log, alone, strict=True)
         if is_alone and request.attempts == 1 and "prefill" in request.edges
     ]

@@ -1,8 +1,9 @@
-"""What ``sim calibrate`` reads: step logs of workers, measured tables, the router's request log.
+"""What ``sim calibrate`` reads: step logs of workers, measured tables, the router's request log, clients' times.
 
 A step log is as workers/step_log.py writes it. A table is a CSV with the columns tokens, cached, batch, context,
 seconds: one step a row, with one chunk of ``tokens`` after ``cached`` ones (0: none), ``batch`` sequences decoding and
-the sum of their context tokens.
+the sum of their context tokens. Times of clients are JSON lines, one a request, with what a client measured and what the
+router's answer says (``Timing.ttft_ms``): {"ttft_s": 0.0934, "router_ttft_s": 0.0911}.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, BinaryIO, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,6 +27,7 @@ SKIP = "mend it, or leave such lines out with --skip-bad"
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+T = TypeVar("T")
 
 
 class StepWorker(msgspec.Struct, frozen=True):
@@ -74,6 +76,18 @@ class LoggedRequest(msgspec.Struct, gc=False):
     compute_s: float
     edges: dict[str, float]
     block_tokens: Count = 0
+
+
+class ClientTime(msgspec.Struct, gc=False):
+    """One first token as a client saw it; ``router_ttft_s`` is what its answer says (``Timing.ttft_ms``)."""
+
+    ttft_s: Positive
+    router_ttft_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+
+    @property
+    def outside_s(self) -> float:
+        """Network, gRPC, the client itself."""
+        return self.ttft_s - self.router_ttft_s
 
 
 @dataclass
@@ -202,25 +216,34 @@ def _table_row(row: dict[str, str | None], steps: Steps) -> str:
 
 def read_requests(path: Path, *, skip_bad: bool = False) -> tuple[list[LoggedRequest], list[str]]:
     """Requests of the router's log that drew a token, and notices. Raises TraceError, saying which line is wrong."""
-    decoder = msgspec.json.Decoder(LoggedRequest)
-    requests: list[LoggedRequest] = []
-    notices: list[str] = []
-    bad = 0
-    for number, text, whole in _lines(path):
-        try:
-            request = decoder.decode(text)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            if whole and not skip_bad:
-                raise TraceError(path, number, f"no line of the request log: {error}; {SKIP}") from None
-            bad += 1
-            continue
-        if "first" in request.edges:
-            requests.append(request)
-    if bad:
-        notices.append(f"{path}: {bad} malformed lines are left out")
+    lines, notices = _decoded(path, LoggedRequest, "line of the request log", skip_bad)
+    requests = [request for request in lines if "first" in request.edges]
     if not requests:
         raise TraceError(path, None, "no request in it drew a token: serve some first")
     return requests, notices
+
+
+def read_clients(path: Path, *, skip_bad: bool = False) -> tuple[list[ClientTime], list[str]]:
+    """First tokens as clients saw them, and notices. Raises TraceError, saying which line is wrong."""
+    times, notices = _decoded(path, ClientTime, "time of a client", skip_bad)
+    if not times:
+        raise TraceError(path, None, "no time of a client in it")
+    return times, notices
+
+
+def _decoded(path: Path, kind: type[T], what: str, skip_bad: bool) -> tuple[list[T], list[str]]:
+    """All lines of one kind; the last may be cut short."""
+    decoder = msgspec.json.Decoder(kind)
+    lines: list[T] = []
+    bad = 0
+    for number, text, whole in _lines(path):
+        try:
+            lines.append(decoder.decode(text))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            if whole and not skip_bad:
+                raise TraceError(path, number, f"no {what}: {error}; {SKIP}") from None
+            bad += 1
+    return lines, [f"{path}: {bad} malformed lines are left out"] if bad else []
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:

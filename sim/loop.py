@@ -24,10 +24,11 @@ from twinpool.sim.result import COMPLETED, REFUSED
 from twinpool.sim.worker import SimWorker
 
 WAKE, PULLED, ARRIVE, CALL = 0, 1, 2, 3
-NUMBERS: dict[type, int] = {  # of actions in the digest; leases never run out here, so renewals are left out
+# Numbers of actions in the digest. Leases never run out here, so renewals are left out.
+NUMBERS: dict[type, int] = {
     ev.SendReserve: 1, ev.SendPrefill: 2, ev.SendPull: 3, ev.SendDecode: 4, ev.SendRelease: 5, ev.SendCancel: 6,
-    ev.Show: 7, ev.Finish: 8, ev.Refuse: 9,
 }  # fmt: skip
+SHOW, FINISH, REFUSE = 7, 8, 9
 SENT = (ev.SendReserve, ev.SendPrefill, ev.SendPull, ev.SendDecode, ev.SendRelease, ev.SendCancel)
 LOSSES = (ev.WorkerLost, ev.AttemptLost)
 ENDS = (ev.Finish, ev.Refuse)
@@ -88,7 +89,7 @@ class Loop:
         self.missed = 0  # requests refused, or shown too late
         self.spare_misses = len(outputs)  # with more of them the run ends early
         self.now = 0.0
-        self.tick = math.inf  # when the core wants one
+        self.tick = math.inf  # the core wants none before
         self.record = Recorder(len(outputs))
         self.workers: dict[int, SimWorker] = {}
         self.lives: dict[int, list[SimWorker]] = {}  # by id: those that died, too
@@ -164,11 +165,12 @@ class Loop:
     def run(self) -> None:
         """Until every request is over. Raises SimulationError if that never happens."""
         order, times = self.arrivals.order, self.arrivals.times
-        up, down, heap = self.up, self.down, self.heap
+        up, down, heap, workers, wakes = self.up, self.down, self.heap, self.workers, self.wakes
         position, count = 0, len(order)
-        arrival = times[order[0]] if count else math.inf
         infinity = math.inf
-        while self.done < len(self.outputs) and self.missed <= self.spare_misses:
+        arrival = times[order[0]] if count else infinity
+        requests, spare = len(self.outputs), self.spare_misses
+        while self.done < requests and self.missed <= spare:
             when = up[0][0] if up else infinity
             source = 0
             if down and down[0][0] < when:
@@ -178,6 +180,9 @@ class Loop:
             if arrival < when:
                 when, source = arrival, 3
             if self.tick < when:
+                sooner, self.tick = self.tick, self.core.next_tick()
+                if self.tick > sooner:
+                    continue  # it was a bound
                 when, source = self.tick, 4
             if when == infinity:
                 raise self._stuck()
@@ -185,9 +190,17 @@ class Loop:
             if source == 0:
                 self.decide(up.popleft()[1], when)
             elif source == 1:
-                self._deliver(down.popleft()[1], when)
+                action = down.popleft()[1]
+                worker = workers.get(action.worker)
+                if worker is not None:
+                    worker.take(action, when)
             elif source == 2:
-                self._wake(when)
+                _, _, kind, a, b = heapq.heappop(heap)
+                if kind != WAKE:
+                    self._happen(kind, a, b, when)
+                elif wakes[a] == when:
+                    wakes[a] = infinity
+                    workers[a].wake(when)
             elif source == 3:
                 self._arrive(order[position], when)
                 position += 1
@@ -204,18 +217,9 @@ class Loop:
             f"first {', '.join(left) or 'those not arrived'}: please report this with the trace and the flags"
         )
 
-    def _deliver(self, action: Sent, now: float) -> None:
-        worker = self.workers.get(action.worker)
-        if worker is not None:
-            worker.take(action, now)
-
-    def _wake(self, now: float) -> None:
-        _, _, kind, a, b = heapq.heappop(self.heap)
-        if kind == WAKE:
-            if self.wakes.get(a) == now and a in self.workers:
-                self.wakes[a] = math.inf
-                self.workers[a].wake(now)
-        elif kind == PULLED:
+    def _happen(self, kind: int, a: int, b: Any, now: float) -> None:
+        """What was wished for this time, besides a wake."""
+        if kind == PULLED:
             worker = self.workers.get(a)
             if worker is not None:
                 attempt, first, count, nbytes, seconds = b
@@ -232,33 +236,35 @@ class Loop:
 
     def decide(self, event: ev.Event, now: float) -> None:
         """One event into the core, its actions out."""
-        while self.kv_news and self.kv_news[0][0] <= now:
-            self.core.on(self.kv_news.popleft()[1], now)
+        core, kv_news = self.core, self.kv_news
+        while kv_news and kv_news[0][0] <= now:
+            core.on(kv_news.popleft()[1], now)
         if isinstance(event, LOSSES):
             self._note_loss(event)
-        actions = self.core.on(event, now)
+        actions = core.on(event, now)
         if isinstance(event, ev.Emitted):
             self._note_token(event, now)
         for action in actions:
-            self._perform(action, now)
-        self.tick = self.core.next_tick()
+            if isinstance(action, SENT):
+                self.record.decided(now, NUMBERS[type(action)], action.worker, action.attempt)
+                self._send(now + self.latency_s, action)
+            elif isinstance(action, ev.Show):
+                self._shown(action.rid, now)
+            elif isinstance(action, ENDS):
+                self._ended(action, now)
+        self.tick = core.tick_bound
 
-    def _perform(self, action: ev.Action, now: float) -> None:
-        if isinstance(action, SENT):
-            self.record.decided(now, NUMBERS[type(action)], action.worker, action.attempt)
-            self._send(now + self.latency_s, action)
-        elif isinstance(action, ev.Show):
-            self._shown(action.rid, now)
-        elif isinstance(action, ENDS):
-            request = action.request
-            self.record.decided(now, NUMBERS[type(action)], request.rid, request.attempts)
-            shown_at = self.record.shown[request.rid]
-            if shown_at < 0.0 or (shown_at == now and now > request.deadline):  # the latter: its only token
-                self.missed += 1
-            self._over(request, now, COMPLETED if isinstance(action, ev.Finish) else REFUSED)
+    def _ended(self, action: ev.Finish | ev.Refuse, now: float) -> None:
+        request = action.request
+        finished = isinstance(action, ev.Finish)
+        self.record.decided(now, FINISH if finished else REFUSE, request.rid, request.attempts)
+        shown_at = self.record.shown[request.rid]
+        if shown_at < 0.0 or (shown_at == now and now > request.deadline):  # the latter: its only token
+            self.missed += 1
+        self._over(request, now, COMPLETED if finished else REFUSED)
 
     def _shown(self, rid: int, now: float) -> None:
-        self.record.decided(now, NUMBERS[ev.Show], rid, 0)
+        self.record.decided(now, SHOW, rid, 0)
         self.record.shown[rid] = now
         request = self.core.state.requests.get(rid)
         if request is not None and now > request.deadline:
@@ -301,7 +307,8 @@ class Loop:
                 record.gaps.add_single(rid, now - record.latest.pop(rid, record.joined[rid]))
             record.joined[rid] = now
         elif event.worker == request.decode and request.decoding_at == now and request.path == "split":
-            record.gaps.add_single(rid, now - max(record.joined[rid], record.shown[rid]))
+            shown = record.shown[rid]  # not yet: the first token was held, and leaves together with this one
+            record.gaps.add_single(rid, now - max(record.joined[rid], shown) if shown >= 0.0 else 0.0)
             record.joined[rid] = now
 
     def _note_loss(self, event: ev.WorkerLost | ev.AttemptLost) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from twinpool.cost import Cost
+from twinpool.cost import ITL_SHARE, Cost
 from twinpool.router import events as ev
 from twinpool.sim.memory import Memory
 from twinpool.sim.net import Net
 from twinpool.sim.sequence import GONE, Sequence
-from twinpool.workers.chunks import ITL_SHARE, plan_chunks
+from twinpool.workers.chunks import plan_chunks
 from twinpool.workers.sequence import BATCH_RANK
 
 NEWS_S, NEWS_SHARE = 0.002, 0.02  # a step that is off its prediction by more than both is news (workers/worker.py)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twinpool.cost import Cost
+from twinpool.cost import ITL_SHARE, Cost
 from twinpool.errors import ConfigError
 from twinpool.sim.profiles import load_profile
 from twinpool.sim.settings import Settings
@@ -24,7 +24,6 @@ from twinpool.sim.trace import Trace
 
 RHO_PREFILL = 0.95  # share of a prefill worker's time that late binding keeps busy: 0.93 to 0.98
 RHO_DECODE = 0.9
-ITL_SHARE = 0.9
 MEMORY_SHARE = 0.97
 LINK_SHARE = 0.8
 SAMPLE = 20_000  # requests looked at

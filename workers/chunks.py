@@ -14,8 +14,6 @@ from typing import Protocol
 
 from twinpool.cost import Cost
 
-ITL_SHARE = 0.9  # of the tightest ITL SLO that a step may take
-
 
 class Prompt(Protocol):
     """What the budget needs to know of a prompt."""

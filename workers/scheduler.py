@@ -19,9 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 
-from twinpool.cost import Cost
+from twinpool.cost import ITL_SHARE, Cost
 from twinpool.workers.blocks import BlockPool, IntegrityError
-from twinpool.workers.chunks import ITL_SHARE, plan_chunks
+from twinpool.workers.chunks import plan_chunks
 from twinpool.workers.sequence import BATCH_RANK, Chunk, Holding, Load, Mode, Outcome, Ready, Sequence, Step
 
 __all__ = ["Chunk", "Holding", "Load", "Mode", "Outcome", "Ready", "Scheduler", "Sequence", "Step"]

@@ -5,7 +5,6 @@ Every decision compares predicted seconds. A policy never changes what it looks 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from twinpool.router.kv_index import KvIndex, Stair
@@ -13,14 +12,16 @@ from twinpool.router.pool import Pool, Worker
 from twinpool.router.request import NOBODY, Placement, Request
 
 
-@dataclass(slots=True)
 class View:
     """What a policy may look at (borrowed, read-only)."""
 
-    pool: Pool
-    index: KvIndex
-    commit_round_trip_s: float
-    expected_output: int  # tokens, mean of what requests of this cell wrote lately
+    __slots__ = ("commit_round_trip_s", "expected_output", "index", "pool")
+
+    def __init__(self, pool: Pool, index: KvIndex, commit_round_trip_s: float, expected_output: int) -> None:
+        self.pool = pool
+        self.index = index
+        self.commit_round_trip_s = commit_round_trip_s
+        self.expected_output = expected_output  # tokens, mean of what requests of this cell wrote lately
 
 
 class Refusal(NamedTuple):

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
 from twinpool.router.policy.base import NOBODY, Placement, View, cached_tokens
 from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
-ITL_SHARE = 0.9  # of the ITL SLO that a step may take
 MIN_LOCAL_CHUNK = 64  # tokens beside decodes: below that a local prompt starves
 LOCAL_MEMORY = 0.7  # booked share of a decode worker above which it takes no prompts
 LOCAL_MARGIN = 1.25

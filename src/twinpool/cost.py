@@ -19,6 +19,7 @@ from typing import Protocol
 
 import msgspec
 
+ITL_SHARE = 0.9  # of the tightest ITL SLO that a step with chunks may take
 UNBOUNDED_CHUNK = 1 << 30
 
 

@@ -28,7 +28,8 @@ from twinpool.errors import ConfigError
 
 DENSE_TOKENS = 8192  # up to here W is a list by token; steps are rarely larger
 MAX_SUMS = 1 << 18  # sums of attention kept
-ESTIMATES = 6  # at most, in largest_chunk
+NEWTON_ROUNDS = 8  # at most, in largest_chunk
+FLAT = 1e-12  # seconds a token
 START_TOKENS = 64  # attention of a chunk so short is all start
 
 
@@ -50,8 +51,8 @@ class GridCost:
     """``Cost`` from measured tables. What it caches (rows, sums of attention) changes no result."""
 
     __slots__ = (
-        "_attention", "_batches", "_cached", "_columns", "_contexts", "_decode_s", "_dense", "_kept", "_pace", "_rows",
-        "_starts", "_sums", "_tokens", "_work_s", "_work_slope", "_work_tokens",
+        "_attention", "_batches", "_cached", "_columns", "_contexts", "_decode_s", "_dense", "_kept", "_last_chunk",
+        "_rows", "_starts", "_sums", "_tokens", "_work_s", "_work_slope", "_work_tokens",
     )  # fmt: skip
 
     def __init__(self, grids: Grids) -> None:
@@ -66,7 +67,6 @@ class GridCost:
         self._cached = grids.attention_cached[:-1]
         self._columns = len(self._cached)
         self._attention = _cells(grids)
-        self._pace = max(self._work_slope[-1], 1e-12)
         start = list(accumulate((self._whole_attention(START_TOKENS, c) for c in grids.attention_cached), min))
         slopes = _slopes(grids.attention_cached, start)
         self._starts = [(v - b * c, b) for v, b, c in zip(start, slopes, grids.attention_cached, strict=False)]
@@ -76,6 +76,7 @@ class GridCost:
         self._rows: dict[int, DecodeRow] = {}
         self._sums: dict[int, list[float]] = {}
         self._kept = 0
+        self._last_chunk = 512
 
     def step(self, chunks: Iterable[tuple[int, int]], batch: int, context: int) -> float:
         """Seconds of a step with ``chunks`` of (tokens, cached tokens before) and ``batch`` sequences decoding."""
@@ -141,52 +142,41 @@ class GridCost:
         """The most tokens of one more chunk, after ``cached`` ones, that keep the step within ``seconds``; or 0.
 
         Without earlier chunks exactly: ``step`` of the answer is within ``seconds``, of one token more it is not.
-        An estimate from the inverse of W, then a bracket around it that grows and is halved.
+        A bracket, entered at the last answer (chunks of one prompt are much alike) and closed by Newton's rule: on one
+        straight piece its second point is the answer. Where pieces mislead it, by halving.
         """
+        if seconds == math.inf:
+            return UNBOUNDED_CHUNK
         others = batch + tokens
         load = self._reading(batch, context)
         start = self._start(cached) if tokens else 0.0
-        guess = self._estimate(seconds - load, cached, others)
+        row = bisect_right(self._cached, cached) - 1
         low, high = 0, UNBOUNDED_CHUNK + 1
-        stride = 1
-        while high - low > 1:
-            attention = max(start, self._whole_attention(guess, cached))
-            if self._work(guess + others) + load + attention <= seconds:
-                low = guess
-                guess = min(low + stride, (low + high) // 2)
-            else:
+        guess = self._last_chunk
+        rounds = 0
+        while True:
+            p, q, r, s = self._attention[(bisect_right(self._tokens, guess) - 1) * self._columns + row]
+            attention = p + q * guess + (r + s * guess) * cached
+            work = self._work(guess + others)
+            over = work + load + (attention if attention > start else start) - seconds
+            if over > 0.0:
                 high = guess
-                guess = max(high - stride, (low + high) // 2)
-            stride *= 4
-        return low
-
-    def _estimate(self, seconds: float, cached: int, others: int) -> int:
-        """About the chunk for which W and A together take ``seconds``, from 1 to ``UNBOUNDED_CHUNK``.
-
-        Attention changes slowly with the chunk, W not (it has steep spots): so the inverse of W at what attention
-        leaves, with attention at the last estimate and its slope against the usual one of W.
-        """
-        column = bisect_right(self._cached, cached) - 1
-        work_s, slopes, pace = self._work_s, self._work_slope, self._pace
-        left = seconds
-        estimate = float(UNBOUNDED_CHUNK)
-        ratio = 0.0
-        for _ in range(ESTIMATES):
-            piece = bisect_right(work_s, left, 1, len(slopes)) - 1
-            slope = slopes[piece]
-            within = self._work_tokens[piece] + ((left - work_s[piece]) / slope if slope > 0.0 else 0.0) - others
-            better = (within + ratio * estimate) / (1.0 + ratio)
-            if better < 1.0:
-                return 1
-            change = better - estimate
-            estimate = better
-            if -1.0 < change < 1.0 or estimate > UNBOUNDED_CHUNK:
+            else:
+                low = guess
+            if high - low <= 1:
                 break
-            p, q, r, s = self._attention[(bisect_right(self._tokens, estimate) - 1) * self._columns + column]
-            slope = q + s * cached
-            left = seconds - (p + r * cached + slope * estimate)
-            ratio = slope / pace
-        return int(estimate) if estimate < UNBOUNDED_CHUNK else UNBOUNDED_CHUNK
+            rounds += 1
+            if rounds > NEWTON_ROUNDS:
+                guess = (low + high) // 2
+                continue
+            slope = self._work(guess + others + 1) - work + q + s * cached
+            guess = guess - math.ceil(over / slope) if slope > FLAT else (low + high) // 2
+            if guess <= low:
+                guess = low + 1
+            elif guess >= high:
+                guess = high - 1
+        self._last_chunk = low if low else 1
+        return low
 
     def _reading_at(self, batch: int) -> list[float]:
         """R at the context knots; in proportion to the batch beyond the last knot."""

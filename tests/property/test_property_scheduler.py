@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from twinpool.blockhash import block_hashes
-from twinpool.cost import StepCost
+from twinpool.cost import ITL_SHARE, StepCost
 from twinpool.workers.blocks import BlockPool
-from twinpool.workers.chunks import ITL_SHARE
 from twinpool.workers.scheduler import Mode, Outcome, Ready, Scheduler, Sequence, Step
 
 BLOCKS, SIZE, CHUNK_TOKENS, MAX_BATCH = 14, 3, 9, 3

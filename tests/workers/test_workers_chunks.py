@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from twinpool.cost import LLAMA_8B_H100_TP1, LLAMA_70B_H100_TP4, StepCost
-from twinpool.workers.chunks import ITL_SHARE, plan_chunks
+from twinpool.cost import ITL_SHARE, LLAMA_8B_H100_TP1, LLAMA_70B_H100_TP4, StepCost
+from twinpool.workers.chunks import plan_chunks
 from twinpool.workers.sequence import Mode, Sequence
 
 SIZE = 4
