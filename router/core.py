@@ -13,13 +13,15 @@ from typing import Any
 
 from twinpool.router import events as ev
 from twinpool.router.attempt import Attempts
-from twinpool.router.policy.base import NOBODY, Placement, Policy, Refusal
+from twinpool.router.policy.base import NOBODY, Passed, Placement, Policy, Refusal, View
 from twinpool.router.pool import MEMORY_LIMIT, Worker
 from twinpool.router.request import Phase, Request
 from twinpool.router.state import Limits, State
 
 UNLOADED_CHUNK = 2048  # tokens a step of the prefill that the TTFT SLO is measured in
 RENEWALS_PER_LEASE = 3
+MAX_PASSED = 24  # requests, of those in order of deadline, that may be passed over
+HOPELESS = Refusal("fits no worker", 0.0)
 MIN_TICK_S = 0.001  # between two looks at a worker that is later than predicted
 
 
@@ -70,6 +72,7 @@ class Core:
 
     def _use_room(self, now: float) -> None:
         state = self.state
+        passed: Request | None = None
         while state.room_changed:
             state.room_changed = False
             if state.unhomed:
@@ -77,10 +80,12 @@ class Core:
             if self.policy.early:
                 self._send_bound(now)
             if state.queue.waiting:
-                self._place_waiting(now)
+                passed = self._place_waiting(now)
         self._room_at = math.inf
         if state.queue.waiting:
             self._room_at = max(self.policy.next_room(state.view(), now), now + MIN_TICK_S)
+            if passed is not None and now < passed.deadline < self._room_at:
+                self._room_at = passed.deadline  # from then on it is late
 
     # --- requests ----------
 
@@ -134,24 +139,47 @@ class Core:
 
     # --- placing ----------
 
-    def _place_waiting(self, now: float) -> None:
+    def _place_waiting(self, now: float) -> Request | None:
+        """Those that can be in time, in order of deadline; then those that cannot. Returns the first passed over."""
         state = self.state
         view = state.view()
-        while (request := state.queue.head()) is not None:
-            if request.length + request.left > state.pool.common_room and self._refuse_hopeless(request, now):
+        first: Request | None = None
+        passed = 0
+        for entry in state.queue.order():
+            request = state.queue.valid(entry)
+            if request is None:
                 continue
-            placement = self.policy.on_room(request, view, now)
-            if placement is None:
-                return
-            if isinstance(placement, Refusal):
-                state.refuse(request, "RESOURCE_EXHAUSTED", "POLICY", placement.message, now, placement.retry_s)
-                continue
+            answer = self._place(request, view, now)
+            if answer is None or passed >= MAX_PASSED:
+                return first
+            if isinstance(answer, Passed):
+                if answer.late_s > 0.0:
+                    state.queue.postpone(request, now + answer.late_s - request.deadline)
+                    continue
+                first = first or request
+                passed += 1
+        while (late := state.queue.late()) is not None:
+            answer = self._place(late, view, now)
+            if answer is None or isinstance(answer, Passed):
+                break
+        return first
+
+    def _place(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
+        """Do what the policy says; a request that fits no worker is refused."""
+        state = self.state
+        if request.length + request.left > state.pool.common_room and self._refuse_hopeless(request, now):
+            return HOPELESS
+        answer = self.policy.on_room(request, view, now)
+        if isinstance(answer, Placement):
             state.queue.remove(request)
             if self.policy.early:
-                state.bind(request, placement)
-                self._send_bound_of(state.pool.workers[placement.prefill], now)
+                state.bind(request, answer)
+                self._send_bound_of(state.pool.workers[answer.prefill], now)
             else:
-                self._start(request, placement, now)
+                self._start(request, answer, now)
+        elif isinstance(answer, Refusal):
+            state.refuse(request, "RESOURCE_EXHAUSTED", answer.reason, answer.message, now, answer.retry_s)
+        return answer
 
     def _start(self, request: Request, placement: Placement, now: float) -> None:
         if placement.decode == placement.prefill and not placement.local:

@@ -69,8 +69,8 @@ class Request:
     __slots__ = (
         "arrival", "attempt", "attempts", "backend", "bound_to", "cached", "compute_s", "deadline", "decode",
         "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "finished_at", "first_at",
-        "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "length", "losses", "max_tokens", "path", "phase",
-        "placed_at", "prefill", "prefill_done", "prefill_name", "prefill_started_at", "prompt_len",
+        "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "late", "length", "losses", "max_tokens", "path",
+        "phase", "placed_at", "prefill", "prefill_done", "prefill_name", "prefill_started_at", "prompt_len",
         "queue_until", "rank", "ready", "reason", "reserved", "reserved_at", "rid", "session", "shown",
         "suspect", "tenant", "transferred_at", "ttft_factor", "ttft_s", "verified",
     )  # fmt: skip
@@ -113,6 +113,7 @@ class Request:
         self.attempts = 0
         self.losses = 0  # attempts lost by a fault (preemptions are not)
         self.shown = False
+        self.late = False  # its first token cannot come in time: it waits behind those that can
         self.ended = ""
         self.placed_at = self.first_at = self.finished_at = -1.0
         self.compute_s = 0.0

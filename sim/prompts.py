@@ -9,7 +9,7 @@ from twinpool.router import events as ev
 from twinpool.sim.memory import Memory
 from twinpool.sim.net import Net
 from twinpool.sim.sequence import GONE, Sequence
-from twinpool.workers.chunks import plan_chunks
+from twinpool.workers.chunks import plan_chunks, put_in_order
 from twinpool.workers.sequence import BATCH_RANK
 
 NEWS_S, NEWS_SHARE = 0.002, 0.02  # a step that is off its prediction by more than both is news (workers/worker.py)
@@ -42,7 +42,7 @@ class Prompts:
 
     def add(self, sequence: Sequence) -> None:
         """A prompt whose blocks are booked."""
-        (self._last if sequence.rank >= BATCH_RANK else self._first)[sequence.attempt] = sequence
+        put_in_order(self._last if sequence.rank >= BATCH_RANK else self._first, sequence.attempt, sequence)
         self.waiting += 1
 
     def take_out(self, attempt: int) -> Sequence | None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from twinpool.cost import Cost
+
+P = TypeVar("P")
 
 
 class Prompt(Protocol):
@@ -55,3 +57,14 @@ def plan_chunks(
         taken += count
         limit_s -= cost.attention(count, start)
     return counts
+
+
+def put_in_order(prompts: dict[int, P], attempt: int, prompt: P) -> None:
+    """Add a prompt to those that wait, in the order in which the router committed them: attempts are numbered so.
+
+    Messages of one moment may come in another order, and the router's predictions count on its own.
+    """
+    prompts[attempt] = prompt
+    later = [number for number in prompts if number > attempt]
+    for number in later:
+        prompts[number] = prompts.pop(number)

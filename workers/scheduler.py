@@ -21,7 +21,7 @@ from collections.abc import Sequence as Seq
 
 from twinpool.cost import ITL_SHARE, Cost
 from twinpool.workers.blocks import BlockPool, IntegrityError
-from twinpool.workers.chunks import plan_chunks
+from twinpool.workers.chunks import plan_chunks, put_in_order
 from twinpool.workers.sequence import BATCH_RANK, Chunk, Holding, Load, Mode, Outcome, Ready, Sequence, Step
 
 __all__ = ["Chunk", "Holding", "Load", "Mode", "Outcome", "Ready", "Scheduler", "Sequence", "Step"]
@@ -77,7 +77,7 @@ class Scheduler:
         sequence.table, sequence.sealed = self.pool.book(self._reusable(sequence), total)
         sequence.computed = sequence.cached = sequence.sealed * size
         self._join(sequence, now)
-        self._queues[sequence.rank >= BATCH_RANK][sequence.attempt] = sequence
+        put_in_order(self._queues[sequence.rank >= BATCH_RANK], sequence.attempt, sequence)
         return True
 
     def reserve(self, attempt: int, hashes: Seq[int], blocks: int) -> int | None:

@@ -29,6 +29,17 @@ class Refusal(NamedTuple):
 
     message: str
     retry_s: float
+    reason: str = "POLICY"
+
+
+class Passed(NamedTuple):
+    """No worker for this request now, though others may be placed before it.
+
+    ``late_s`` above 0: its first token cannot come in time any more, by so many seconds at least. Then all that can be
+    in time go first from now on.
+    """
+
+    late_s: float = 0.0
 
 
 def cached_tokens(worker: Worker, length: int, stairs: list[Stair]) -> int:
@@ -47,8 +58,8 @@ class Policy(Protocol):
     name: str
     early: bool  # binds at arrival: what it places is sent in order of arrival, as soon as its worker has memory
 
-    def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | None:
-        """Place the head of the queue; None = no worker has room now, ask again when something changes."""
+    def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
+        """Place the next in order; None = no worker has room for anybody, ask again when something changes."""
         ...
 
     def decode_for(self, request: Request, view: View, now: float) -> int:
@@ -64,4 +75,4 @@ class Policy(Protocol):
         ...
 
 
-__all__ = ["NOBODY", "Placement", "Policy", "Refusal", "View", "cached_tokens"]
+__all__ = ["NOBODY", "Passed", "Placement", "Policy", "Refusal", "View", "cached_tokens"]

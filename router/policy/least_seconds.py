@@ -1,8 +1,11 @@
 """The default policy: commit late, to whoever is predicted to give the first token earliest.
 
-For the head of the queue every worker with room is scored by ``finish = free_at + T_p(u, c)``: decode workers too,
-whose chunks must fit beside their decodes. Local wins only if it is earlier than the best split and, with 25 % in hand,
-still in time. The decode worker is the one with the least max(ITL ratio, memory ratio).
+For the next in order every worker with room is scored by ``finish = free_at + T_p(u, c)``: decode workers too, whose
+chunks must fit beside their decodes. Local wins only if it is earlier than the best split and, with 25 % in hand, still
+in time. The decode worker is the one with the least max(ITL ratio, memory ratio).
+
+A request is passed over while a worker that is busy will give its first token earlier, for what it has cached, or where
+all with room are too late. One that can be in time nowhere any more stands behind all that can.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import NamedTuple
 
 from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
-from twinpool.router.policy.base import NOBODY, Placement, View, cached_tokens
+from twinpool.router.policy.base import NOBODY, Passed, Placement, Refusal, View, cached_tokens
 from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
@@ -21,6 +24,7 @@ LOCAL_MEMORY = 0.7  # booked share of a decode worker above which it takes no pr
 LOCAL_MARGIN = 1.25
 UNHOMED_SHARE = 0.5  # of the prefill pool's KV that may wait for a decode worker
 MIN_COMMIT_S, MAX_COMMIT_S = 0.020, 0.150
+PASSED = Passed()
 CLOCK_ERROR = 1e-6  # seconds: more than sums of clock readings round off
 
 
@@ -34,22 +38,74 @@ class Candidate(NamedTuple):
 
 
 class LeastSeconds:
-    """See the module's docstring. ``paths``: "auto", or only "split" or "local"."""
+    """See the module's docstring. ``paths``: "auto", or only "split" or "local".
+
+    ``late``: what becomes of a request that cannot be in time any more: "serve" it when nobody else can be, or "refuse"
+    it. One that no worker could serve in time even if idle is always served: an SLO must not stop service.
+    """
 
     name = "least_seconds"
     early = False
 
-    def __init__(self, paths: str = "auto") -> None:
+    def __init__(self, paths: str = "auto", late: str = "serve") -> None:
         self.paths = paths
+        self.late = late
 
-    def on_room(self, request: Request, view: View, now: float) -> Placement | None:
+    def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
         """Earliest predicted first token over all candidates with room."""
         stairs = view.index.stairs(request.hashes) if request.hashes else []
-        split = self._best_split(request, stairs, view, now) if self.paths != "local" else None
-        local = self._best_local(request, stairs, split, view, now) if self.paths != "split" else None
+        in_time = request.late or request.first_at >= 0.0  # it is too late for that
+        somebody = False
+        split: Candidate | None = None
+        if self.paths != "local":
+            split, somebody = self._best_split(request, stairs, view, now)
+        if split is not None and not in_time and self._better_wait(request, stairs, split, view, now):
+            split = None
+        local: Candidate | None = None
+        if self.paths != "split":
+            local, free = self._best_local(request, stairs, split, view, now)
+            somebody = somebody or free
         if local is not None and self._prefer_local(request, stairs, split, local, view, now):
             return self._local(local, split, now)
-        return None if split is None else self._split(request, split, view, now)
+        placement = None if split is None else self._split(request, split, view, now)
+        if placement is not None or not somebody:
+            return placement
+        return PASSED if in_time else self._judged(request, stairs, view, now)
+
+    def _better_wait(self, request: Request, stairs: list[Stair], split: Candidate, view: View, now: float) -> bool:
+        """Whether a busy worker will be earlier, for what it has cached; or the one with room is too late."""
+        if split.finish > request.deadline:
+            return True
+        if not stairs:
+            return False
+        for worker in view.pool.prefill:
+            cached = cached_tokens(worker, request.length, stairs)
+            if cached > split.cached and worker.free_at(now) + self._prompt_s(worker, request, cached) < split.finish:
+                return True
+        return False
+
+    def _judged(self, request: Request, stairs: list[Stair], view: View, now: float) -> Refusal | Passed:
+        """Not placed: whether it can still be in time, and what becomes of it if not."""
+        wait = work = math.inf  # until the first token: behind what is committed, and alone
+        if self.paths != "local":
+            for worker in view.pool.prefill:
+                if worker.could_fit(request.length):
+                    seconds = self._prompt_s(worker, request, cached_tokens(worker, request.length, stairs))
+                    wait = min(wait, worker.free_at(now) - now + seconds)
+                    work = min(work, seconds)
+        if self.paths != "split" and now + wait > request.deadline:
+            need = request.length + min(request.left, view.expected_output)
+            for worker in view.pool.decode:
+                if worker.could_fit(need):
+                    seconds = self._prompt_s(worker, request, cached_tokens(worker, request.length, stairs))
+                    wait = min(wait, worker.free_at(now) - now + seconds)
+                    work = min(work, seconds)
+        late_s = now + wait - request.deadline
+        if late_s <= 0.0:
+            return PASSED
+        if self.late == "serve" or request.arrival + work > request.deadline:
+            return Passed(late_s)
+        return Refusal(f"the first token would come {late_s:.1f} s too late: the cell is overloaded", late_s, "LATE")
 
     def decode_for(self, request: Request, view: View, now: float) -> int:
         """Least max(ITL ratio, memory ratio) among workers where both stay in bounds; ties to the lower id."""
@@ -80,33 +136,46 @@ class LeastSeconds:
 
     # --- prefill ----------
 
-    def _best_split(self, request: Request, stairs: list[Stair], view: View, now: float) -> Candidate | None:
+    def _best_split(
+        self, request: Request, stairs: list[Stair], view: View, now: float
+    ) -> tuple[Candidate | None, bool]:
+        """The earliest of the prefill workers with room, and whether any may take a prompt at all."""
+        somebody = False
         if request.left > 1 and not view.pool.decode:
-            return None
+            return None, somebody
         limit = now + self._horizon(view) + CLOCK_ERROR
         length = request.length
         best: Candidate | None = None
         alike, seconds, known = -1, 0.0, None  # most workers are of one kind and have none of it cached
         for worker in view.pool.prefill:
             free_at = worker.free_at(now)
-            if free_at > limit or worker.full or worker.booked + length > worker.limit:
+            if free_at > limit or worker.full:
+                continue
+            somebody = True
+            if worker.booked + length > worker.limit:
                 continue
             cached = cached_tokens(worker, length, stairs) if stairs else 0
-            if cached != alike or worker.pace is not known:
+            if worker.decodes:
+                seconds = self._prompt_s(worker, request, cached)
+                known = None
+            elif cached != alike or worker.pace is not known:
                 seconds = worker.prefill_s(length - cached, cached)
                 alike, known = cached, worker.pace
             if best is None or free_at + seconds < best.finish:
                 best = Candidate(free_at + seconds, worker.id, cached, seconds)
-        return best
+        return best, somebody
 
     def _best_local(
         self, request: Request, stairs: list[Stair], split: Candidate | None, view: View, now: float
-    ) -> Candidate | None:
+    ) -> tuple[Candidate | None, bool]:
+        """The earliest of the decode workers without prompt work, and whether there is any that may take some."""
         best: Candidate | None = None
+        somebody = False
         alike, earliest, known = -1, 0.0, None
         for worker in view.pool.decode:
-            if worker.prefills:
+            if worker.prefills or worker.booked > LOCAL_MEMORY * worker.capacity:
                 continue
+            somebody = True
             if split is not None and worker.id != split.worker:
                 # Even alone, with no decodes beside it, the prompt must be earlier there than by the split.
                 cached = cached_tokens(worker, request.length, stairs) if stairs else 0
@@ -118,29 +187,33 @@ class LeastSeconds:
             candidate = self._local_candidate(worker, request, stairs, view, now)
             if candidate is not None and (best is None or candidate < best):
                 best = candidate
-        return best
+        return best, somebody
 
     def _local_candidate(
         self, worker: Worker, request: Request, stairs: list[Stair], view: View, now: float
     ) -> Candidate | None:
         """A decode worker without prompt work whose ITL budget leaves a useful chunk."""
         need = request.length + min(request.left, view.expected_output)
-        if not worker.fits(need) or worker.booked > LOCAL_MEMORY * worker.capacity:
-            return None
-        if worker.batch >= worker.max_batch:
+        if not worker.fits(need) or worker.batch >= worker.max_batch:
             return None
         cached = cached_tokens(worker, request.length, stairs)
+        seconds = self._prompt_s(worker, request, cached)
+        if seconds == math.inf:
+            return None
+        running = worker.decode_s(worker.batch, worker.context) if worker.batch else 0.0
+        return Candidate(now + running / 2 + seconds, worker.id, cached, seconds)
+
+    @staticmethod
+    def _prompt_s(worker: Worker, request: Request, cached: int) -> float:
+        """Prefill, in chunks that leave the decodes beside it within their ITL; infinity if these are too small."""
         left = request.length - cached
         if worker.batch == 0:
-            seconds = worker.prefill_s(left, cached)
-            return Candidate(now + seconds, worker.id, cached, seconds)
+            return worker.prefill_s(left, cached)
         budget = ITL_SHARE * worker.tightest_itl(request.itl_s)
         chunk = worker.chunk_within(budget, cached)
         if chunk < MIN_LOCAL_CHUNK:
-            return None
-        seconds = math.ceil(left / chunk) * budget + worker.cost.attention(left, cached)
-        running = worker.decode_s(worker.batch, worker.context)
-        return Candidate(now + running / 2 + seconds, worker.id, cached, seconds)
+            return math.inf
+        return math.ceil(left / chunk) * budget + worker.cost.attention(left, cached)
 
     def _prefer_local(
         self, request: Request, stairs: list[Stair], split: Candidate | None, local: Candidate, view: View, now: float
@@ -158,7 +231,7 @@ class LeastSeconds:
 
     def _finish_later(self, worker: Worker, request: Request, stairs: list[Stair], now: float) -> float:
         cached = cached_tokens(worker, request.length, stairs)
-        return worker.free_at(now) + worker.prefill_s(request.length - cached, cached)
+        return worker.free_at(now) + self._prompt_s(worker, request, cached)
 
     @staticmethod
     def _in_time(request: Request, local: Candidate, now: float) -> bool:

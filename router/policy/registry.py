@@ -29,7 +29,10 @@ _LEAST_SECONDS = PolicyInfo(
     "twinpool",
     "nothing",
     LeastSeconds,
-    {"paths": Parameter("auto", help="auto: whichever is earlier", choices=("auto", "split", "local"))},
+    {
+        "paths": Parameter("auto", help="auto: whichever is earlier", choices=("auto", "split", "local")),
+        "late": Parameter("serve", help="who cannot be in time: served last, or refused", choices=("serve", "refuse")),
+    },
 )
 
 POLICIES: dict[str, PolicyInfo] = {info.name: info for info in (_LEAST_SECONDS, *INFOS)}

@@ -246,7 +246,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert tokens <= CHUNK_TOKENS
         if step.decodes and step.chunks and not floor:
             assert step.predicted_s <= ITL_SHARE * min(s.itl_s for s in step.decodes) + 1e-12
-        keys = [(c.sequence.rank == 2, c.sequence.order) for c in step.chunks]
+        keys = [(c.sequence.rank == 2, c.sequence.attempt) for c in step.chunks]  # as the router committed them
         assert all(before < after for before, after in pairwise(keys))
         assert all(chunk.last for chunk in step.chunks[:-1])
 

@@ -66,6 +66,32 @@ def test_one_that_comes_back_with_another_deadline() -> None:
     assert drain(queue) == [2, 1]
 
 
+def test_late_ones_are_last_and_shortest_first() -> None:
+    queue = Queue(10)
+    requests = [waiting(rid, float(rid)) for rid in range(4)]
+    for request in requests:
+        queue.push(request)
+    queue.postpone(requests[0], 2.0)
+    queue.postpone(requests[2], 1.0)
+    assert [queue.valid(entry) for entry in queue.order()] == [requests[1], None, requests[3]]
+    assert queue.late() is requests[2]
+    assert queue.remove(requests[2])
+    assert queue.late() is requests[0]
+    assert drain(queue) == [1, 3]
+    assert len(queue) == 1
+
+
+def test_a_late_one_that_comes_back_is_judged_anew() -> None:
+    queue = Queue(10)
+    request = waiting(1, 1.0)
+    queue.push(request)
+    queue.postpone(request, 1.0)
+    assert queue.remove(request)
+    queue.push(request)
+    assert queue.head() is request
+    assert queue.late() is None
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3), st.booleans()), max_size=60))
 def test_against_a_sorted_list(steps: list[tuple[int, int, bool]]) -> None:
     queue = Queue(5)

@@ -13,7 +13,8 @@ from tests.router.fake_worker import COST, request_of, worker_up
 from twinpool.router import events as ev
 from twinpool.router.kv_index import KvIndex
 from twinpool.router.policy import LeastSeconds, View
-from twinpool.router.policy.least_seconds import CLOCK_ERROR
+from twinpool.router.policy.base import Passed, Placement, Refusal
+from twinpool.router.policy.least_seconds import CLOCK_ERROR, PASSED
 from twinpool.router.pool import Pool, Worker
 from twinpool.router.request import NOBODY, Request
 
@@ -109,12 +110,12 @@ def test_a_cached_prefix_is_worth_its_seconds() -> None:
     view.index.change(1, list(range(50)), [], False)  # 200 of 400 tokens: 20 ms less
     request = ask()
     placement = LeastSeconds().on_room(request, view, NOW)
-    assert placement is not None
+    assert isinstance(placement, Placement)
     assert (placement.prefill, placement.cached) == (1, 200)
     assert placement.seconds == pytest.approx(COST.prefill(200, 200, 512))
     busy(view, 1, 0.015)
     again = LeastSeconds().on_room(request, view, NOW)
-    assert again is not None
+    assert isinstance(again, Placement)
     assert again.prefill == 1
 
 
@@ -123,7 +124,7 @@ def test_a_cached_prefix_that_saves_less_than_the_wait_is_left() -> None:
     view.index.change(1, list(range(10)), [], False)  # 40 tokens: 4 ms less
     busy(view, 1, 0.015)
     placement = LeastSeconds().on_room(ask(), view, NOW)
-    assert placement is not None
+    assert isinstance(placement, Placement)
     assert (placement.prefill, placement.cached) == (0, 0)
 
 
@@ -131,7 +132,7 @@ def test_the_last_token_is_always_computed() -> None:
     view = cell("prefill", "decode")
     view.index.change(0, list(range(100)), [], False)
     placement = LeastSeconds("split").on_room(ask(), view, NOW)
-    assert placement is not None
+    assert isinstance(placement, Placement)
     assert placement.cached == 396
 
 
@@ -139,8 +140,82 @@ def test_a_prefill_worker_without_memory_is_left_out() -> None:
     view = cell("prefill", "prefill", "decode")
     view.pool.workers[0].book(7, 7, 3600)
     placement = LeastSeconds().on_room(ask(), view, NOW)
-    assert placement is not None
+    assert isinstance(placement, Placement)
     assert placement.prefill == 1
+
+
+# --- who can be in time ----------
+
+
+def test_a_busy_worker_with_more_cached_is_waited_for() -> None:
+    view = cell("prefill", "prefill", "decode")
+    view.index.change(1, list(range(80)), [], False)  # 320 of 400 tokens: 32 ms less
+    busy(view, 1, 0.025)
+    policy = LeastSeconds("split")
+    assert policy.on_room(ask(), view, NOW) == PASSED, "there in 34 ms, here in 49"
+    busy(view, 1, 0.025, attempt=51)
+    placement = policy.on_room(ask(), view, NOW)
+    assert isinstance(placement, Placement)
+    assert placement.prefill == 0, "there only in 59 ms"
+
+
+@pytest.mark.parametrize("hashes", [False, True])
+def test_who_will_be_late_here_waits_for_a_worker_that_is_in_time(hashes: bool) -> None:
+    view = cell("prefill", "prefill", "decode")
+    if hashes:
+        view.index.change(1, list(range(90)), [], False)
+    busy(view, 1, 0.025)
+    answer = LeastSeconds("split").on_room(ask(deadline=NOW + 0.04), view, NOW)
+    assert isinstance(answer, Passed)
+    assert (answer.late_s > 0.0) == (not hashes)
+
+
+def test_late_is_by_how_much() -> None:
+    view = cell("prefill", "decode")
+    seconds = COST.prefill(400, 0, 512)
+    answer = LeastSeconds("split").on_room(ask(deadline=NOW + seconds - 0.01), view, NOW)
+    assert isinstance(answer, Passed)
+    assert answer.late_s == pytest.approx(0.01)
+
+
+def test_late_ones_are_served_by_whoever_has_room() -> None:
+    request = ask(deadline=NOW - 1.0)
+    request.late = True
+    assert isinstance(LeastSeconds().on_room(request, cell("prefill", "decode"), NOW), Placement)
+
+
+def test_who_was_started_before_is_never_late() -> None:
+    request = ask(deadline=NOW - 1.0)
+    request.first_at = NOW - 2.0
+    assert isinstance(LeastSeconds().on_room(request, cell("prefill", "decode"), NOW), Placement)
+
+
+def test_late_ones_may_be_refused_but_not_for_slow_hardware() -> None:
+    policy = LeastSeconds("split", late="refuse")
+    view = cell("prefill", "decode")
+    request = ask(deadline=NOW + 0.04)
+    request.arrival = NOW - 1.0
+    answer = policy.on_room(request, view, NOW)
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "LATE"
+    assert answer.retry_s == pytest.approx(COST.prefill(400, 0, 512) - 0.04)
+    request.arrival = NOW  # then no worker could ever have been in time
+    assert isinstance(policy.on_room(request, view, NOW), Passed)
+
+
+def test_those_in_time_go_before_those_that_are_late() -> None:
+    cluster = FakeCluster(LeastSeconds("split"))
+    cluster.join(worker_up(0, "prefill", blocks=400))
+    cluster.join(worker_up(1, "decode", blocks=400, max_batch=40))
+    long = [request_of(rid, 400, 2, ttft_s=0.1) for rid in range(6)]  # 49 ms each: two of them are in time
+    short = [request_of(rid, 20, 2, ttft_s=0.2) for rid in range(6, 12)]
+    for request in (*long, *short):
+        cluster.submit(request)
+    cluster.run_until_ended(10.0)
+    in_time = [r.rid for r in (*long, *short) if cluster.shown[r.rid] <= r.deadline]
+    assert set(range(6, 12)) < set(in_time), "in order of deadline alone the short ones would wait for all long ones"
+    assert len(in_time) >= 7
+    assert not any(isinstance(end, ev.Refuse) for end in cluster.ended.values())
 
 
 # --- which decode worker ----------
@@ -193,7 +268,7 @@ def test_kv_that_waits_on_a_worker_is_not_counted_twice_there() -> None:
 def test_split_while_it_is_no_later() -> None:
     view = cell("prefill", "decode")
     placement = LeastSeconds().on_room(ask(), view, NOW)
-    assert placement is not None
+    assert isinstance(placement, Placement)
     assert (placement.path, placement.prefill, placement.decode) == ("split", 0, 1)
     assert placement.reason == f"split: first token in {1000 * COST.prefill(400, 0, 512):.0f} ms"
 
@@ -202,13 +277,13 @@ def test_local_where_it_is_earlier() -> None:
     view = cell("prefill", "decode")
     busy(view, 0, 0.015)
     placement = LeastSeconds().on_room(ask(), view, NOW)
-    assert placement is not None
+    assert isinstance(placement, Placement)
     assert (placement.path, placement.prefill, placement.decode) == ("local", 1, 1)
     assert placement.local
     assert "split 64 ms" in placement.reason
     busy(view, 0, 0.5, attempt=51)
     waiting = LeastSeconds().on_room(ask(), view, NOW)
-    assert waiting is not None
+    assert isinstance(waiting, Placement)
     assert waiting.local
     assert "no other worker has room" in waiting.reason
 
@@ -219,14 +294,15 @@ def test_local_only_in_time() -> None:
     seconds = COST.prefill(400, 0, 512)
     policy = LeastSeconds()
     assert policy.on_room(ask(deadline=NOW + 1.26 * seconds), view, NOW) is not None
-    assert policy.on_room(ask(deadline=NOW + 1.24 * seconds), view, NOW) is None
+    late = policy.on_room(ask(deadline=NOW + 1.24 * seconds), view, NOW)
+    assert late == PASSED, "it can be in time, but not with the margin: somebody else may have the worker"
 
 
 def test_a_prefill_worker_that_will_be_earlier_is_waited_for() -> None:
     view = cell("prefill", "decode")
     busy(view, 0, 0.03)
     decoding(view, 1, 2)
-    assert LeastSeconds().on_room(ask(), view, NOW) is None
+    assert LeastSeconds().on_room(ask(), view, NOW) == PASSED
 
 
 @pytest.mark.parametrize("hindrance", ["memory", "prompt", "chunk", "batch"])
@@ -246,14 +322,17 @@ def test_a_decode_worker_takes_prompts_only_beside_its_decodes(hindrance: str) -
         decode.join_decode(1000, 100, 0.015)
     else:
         decoding(view, 1, 4)
-    assert LeastSeconds().on_room(ask(), view, NOW) is None
+    nobody = LeastSeconds().on_room(ask(), view, NOW)
+    assert nobody is None if hindrance in ("memory", "prompt") else isinstance(nobody, Passed)
 
 
 def test_prefill_workers_too_small_for_a_prompt_are_not_waited_for() -> None:
     view = cell("prefill", "decode")
     view.pool.workers[0].limit = 200
-    placement = LeastSeconds().on_room(ask(deadline=NOW - 1.0), view, NOW)
-    assert placement is not None
+    late = ask(deadline=NOW - 1.0)
+    late.late = True
+    placement = LeastSeconds().on_room(late, view, NOW)
+    assert isinstance(placement, Placement)
     assert placement.local
 
 
@@ -261,9 +340,11 @@ def test_paths_may_be_fixed() -> None:
     view = cell("prefill", "decode")
     busy(view, 0, 0.015)
     split = LeastSeconds("split").on_room(ask(), view, NOW)
-    local = LeastSeconds("local").on_room(ask(deadline=NOW - 9.0), cell("prefill", "decode"), NOW)
-    assert split is not None
-    assert local is not None
+    late = ask(deadline=NOW - 9.0)
+    late.late = True
+    local = LeastSeconds("local").on_room(late, cell("prefill", "decode"), NOW)
+    assert isinstance(split, Placement)
+    assert isinstance(local, Placement)
     assert (split.path, split.prefill, split.decode) == ("split", 0, 1)
     assert (local.path, local.prefill, local.decode) == ("local", 1, 1)
     busy(view, 0, 0.5, attempt=51)
@@ -275,13 +356,13 @@ def test_one_worker_of_both_pools_moves_nothing_to_itself() -> None:
     view = cell("both")
     busy(view, 0, 0.01)  # busy with a prompt: no candidate for local
     placement = LeastSeconds().on_room(ask(), view, NOW)
-    assert placement is not None
+    assert isinstance(placement, Placement)
     assert (placement.path, placement.prefill, placement.decode) == ("local", 0, 0)
 
 
 def test_one_token_needs_no_decode_worker() -> None:
     placement = LeastSeconds().on_room(ask(max_tokens=1), cell("prefill"), NOW)
-    assert placement is not None
+    assert isinstance(placement, Placement)
     assert (placement.path, placement.decode) == ("split", NOBODY)
     assert LeastSeconds().on_room(ask(max_tokens=2), cell("prefill"), NOW) is None
 
@@ -291,14 +372,14 @@ def test_kv_may_wait_in_half_of_the_prefill_pool() -> None:
     decoding(view, 1, 1)
     policy = LeastSeconds("split")
     placement = policy.on_room(ask(), view, NOW)
-    assert placement is not None
+    assert isinstance(placement, Placement)
     assert (placement.decode, placement.reason.partition(", ")[2]) == (
         NOBODY,
         "no decode worker has room yet: KV waits",
     )
     view.pool.workers[0].book(7, 7, 1600)
     assert policy.on_room(ask(400), view, NOW) is not None
-    assert policy.on_room(ask(404), view, NOW) is None
+    assert policy.on_room(ask(404), view, NOW) == PASSED
 
 
 def test_needs() -> None:
