@@ -8,7 +8,9 @@ still in time. The decode worker is the one with the least max(ITL ratio, memory
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+from mypy_extensions import mypyc_attr
 
 from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
@@ -16,12 +18,13 @@ from twinpool.router.policy.base import NOBODY, Placement, View, cached_tokens
 from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
-MIN_LOCAL_CHUNK = 64  # tokens beside decodes: below that a local prompt starves
-LOCAL_MEMORY = 0.7  # booked share of a decode worker above which it takes no prompts
-LOCAL_MARGIN = 1.25
-UNHOMED_SHARE = 0.5  # of the prefill pool's KV that may wait for a decode worker
-MIN_COMMIT_S, MAX_COMMIT_S = 0.020, 0.150
-CLOCK_ERROR = 1e-6  # seconds: more than sums of clock readings round off
+MIN_LOCAL_CHUNK: Final = 64  # tokens beside decodes: below that a local prompt starves
+LOCAL_MEMORY: Final = 0.7  # booked share of a decode worker above which it takes no prompts
+LOCAL_MARGIN: Final = 1.25
+UNHOMED_SHARE: Final = 0.5  # of the prefill pool's KV that may wait for a decode worker
+MIN_COMMIT_S: Final = 0.020
+MAX_COMMIT_S: Final = 0.150
+CLOCK_ERROR: Final = 1e-6  # seconds: more than sums of clock readings round off
 
 
 class Candidate(NamedTuple):
@@ -33,6 +36,7 @@ class Candidate(NamedTuple):
     seconds: float
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # the built-in policy is what others start from
 class LeastSeconds:
     """See the module's docstring. ``paths``: "auto", or only "split" or "local"."""
 
