@@ -1,4 +1,4 @@
-# Verbs: demo serve test test-all check bench clean. The first one installs everything into .venv.
+# Verbs: demo serve test test-all check bench compile clean. The first one installs everything into .venv.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -13,7 +13,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(NEW_ENOUGH)' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help demo serve test test-all check bench clean links
+.PHONY: help demo serve test test-all check bench compile clean links
 
 help:
 	@echo "make demo      start a cluster, stream one answer, show its route and times"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all  every test; writes tests/SUMMARY.md"
 	@echo "make check     lint, format, types, generated code, layout"
 	@echo "make bench     measure engine and path"
+	@echo "make compile   make C of the decision core and the simulator; make clean undoes it"
 	@echo "make clean     remove what was built, .venv too"
 
 demo: $(VENV)/.stamp
@@ -47,7 +48,11 @@ check: $(VENV)/.stamp
 bench: $(VENV)/.stamp
 	@set -e; for script in benchmarks/*/run.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
+compile: $(VENV)/.stamp
+	TWINPOOL_COMPILE=1 $(BIN)/python setup.py -q build_ext --inplace
+
 clean:
+	find router sim workers src -name '*.so' -delete
 	rm -rf $(VENV) .venv-gen build dist src/twinpool.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

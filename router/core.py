@@ -9,7 +9,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
+
+from mypy_extensions import mypyc_attr
 
 from twinpool.router import events as ev
 from twinpool.router.attempt import Attempts
@@ -18,13 +20,14 @@ from twinpool.router.pool import MEMORY_LIMIT, Worker
 from twinpool.router.request import Phase, Request
 from twinpool.router.state import Limits, State
 
-UNLOADED_CHUNK = 2048  # tokens a step of the prefill that the TTFT SLO is measured in
-RENEWALS_PER_LEASE = 3
-MAX_PASSED = 24  # requests, of those in order of deadline, that may be passed over
+UNLOADED_CHUNK: Final = 2048  # tokens a step of the prefill that the TTFT SLO is measured in
+RENEWALS_PER_LEASE: Final = 3
+MIN_TICK_S: Final = 0.001  # between two looks at a worker that is later than predicted
+MAX_PASSED: Final = 24  # requests, of those in order of deadline, that may be passed over
 HOPELESS = Refusal("fits no worker", 0.0)
-MIN_TICK_S = 0.001  # between two looks at a worker that is later than predicted
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Core:
     """One cell. Not thread-safe; one driver."""
 

@@ -21,7 +21,7 @@ import zlib
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeAlias, get_args
 
 import msgspec
 import xxhash
@@ -71,18 +71,25 @@ class Arrival(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     resumed: int
 
 
-_OTHERWISE: dict[str, Any] = {  # fields that are stored, or checked, otherwise than events.py has them
+STORED_TYPES: dict[str, Any] = {  # of fields of events that are no plain int; compiled classes do not tell
     "request": Arrival,
     "cost": StepCost,
     "worker": Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)],  # a bit of the index's masks: not any number
+    **dict.fromkeys(("name", "device", "backend", "reason"), str),
+    **dict.fromkeys(("step_s", "seconds"), float),
+    **dict.fromkeys(("reset", "counts"), bool),
+    **dict.fromkeys(("stored", "removed"), list[int]),
+    "roles": tuple[str, ...],
+    "sums": bytes,
+    "BlocksReady.blocks": bytes,
 }
 
 
 def _stored(kind: Any) -> Any:
     """The stored form of an event: its name and its fields in order, with their types."""
-    hints = get_type_hints(kind)
-    fields = [(name, _OTHERWISE.get(name, hints[name])) for name in kind.__slots__]
-    return msgspec.defstruct(kind.__name__, fields, tag=True, array_like=True, frozen=True, forbid_unknown_fields=True)
+    types = STORED_TYPES
+    row = [(name, types.get(f"{kind.__name__}.{name}", types.get(name, int))) for name in ev.fields(kind)]
+    return msgspec.defstruct(kind.__name__, row, tag=True, array_like=True, frozen=True, forbid_unknown_fields=True)
 
 
 _KINDS: dict[Any, Any] = {_stored(kind): kind for kind in get_args(ev.Event)}
@@ -97,7 +104,7 @@ def event_row(event: ev.Event) -> Row:
     """An event as it is stored; to be made before the core has it, as the core changes requests."""
     if isinstance(event, ev.Submit):
         return ["Submit", _arrival(event.request)]
-    return [type(event).__name__, *[getattr(event, name) for name in event.__slots__]]
+    return [type(event).__name__, *[getattr(event, name) for name in ev.fields(type(event))]]
 
 
 def _arrival(request: Request) -> Arrival:
@@ -132,7 +139,7 @@ def raised(error: Exception) -> list[Row]:
 
 def _action_row(action: ev.Action) -> Row:
     """A request is its rid, and what became of it where it ends; a column is its length and hash."""
-    row = [type(action).__name__, *[_plain(getattr(action, name)) for name in action.__slots__]]
+    row = [type(action).__name__, *[_plain(getattr(action, name)) for name in ev.fields(type(action))]]
     if isinstance(action, ev.Finish | ev.Refuse):
         request = action.request
         row += [request.ended, request.emitted, request.attempts, request.losses, request.path, request.reason,

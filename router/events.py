@@ -6,182 +6,253 @@ gives out, never used twice. Block columns and checksums pass through the core u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
 
 from twinpool.cost import Cost
 from twinpool.router.request import Request
 
+_FIELDS: dict[str, tuple[str, ...]] = {}
+
+
+def fields(kind: type[Record]) -> tuple[str, ...]:
+    """Names of a record's fields, in the order in which it takes them. Compiled classes have no ``__slots__``."""
+    name = kind.__name__
+    if name not in _FIELDS:
+        _FIELDS[name] = tuple(inspect.signature(kind).parameters)
+    return _FIELDS[name]
+
+
+class Record:
+    """Equal to another of its type with equal fields. By hand, since compiled that is what is quick."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Record) and type(self) is type(other) and _values(self) == _values(other)
+
+    def __repr__(self) -> str:
+        values = zip(fields(type(self)), _values(self), strict=True)
+        return f"{type(self).__name__}({', '.join([f'{name}={value!r}' for name, value in values])})"
+
+
+def _values(record: Record) -> list[object]:
+    return [getattr(record, name) for name in fields(type(record))]
+
+
 # --- events ----------
 
 
-@dataclass(slots=True)
-class Submit:
+class Submit(Record):
     """A request arrives, already checked by the edge."""
 
-    request: Request
+    __slots__ = ("request",)
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
 
 
-@dataclass(slots=True)
-class Cancel:
+class Cancel(Record):
     """The client is gone, or asked to stop."""
 
-    rid: int
+    __slots__ = ("rid",)
+
+    def __init__(self, rid: int) -> None:
+        self.rid = rid
 
 
-@dataclass(slots=True)
-class WorkerUp:
+class WorkerUp(Record):
     """A worker was let in. ``kv_tokens`` = blocks * block_size."""
 
-    worker: int
-    name: str
-    roles: tuple[str, ...]
-    blocks: int
-    block_size: int
-    block_bytes: int
-    device: str
-    cost: Cost
-    chunk_tokens: int
-    max_batch: int
-    index_tokens: int = 0  # prompt tokens that one hash of a request stands for; 0: block_size
+    __slots__ = (
+        "block_bytes", "block_size", "blocks", "chunk_tokens", "cost", "device", "index_tokens", "max_batch", "name",
+        "roles", "worker",
+    )  # fmt: skip
+
+    def __init__(
+        self, worker: int, name: str, roles: tuple[str, ...], blocks: int, block_size: int, block_bytes: int,
+        device: str, cost: Cost, chunk_tokens: int, max_batch: int, index_tokens: int = 0,
+    ) -> None:  # fmt: skip
+        self.worker = worker
+        self.name = name
+        self.roles = roles
+        self.blocks = blocks
+        self.block_size = block_size
+        self.block_bytes = block_bytes
+        self.device = device
+        self.cost = cost
+        self.chunk_tokens = chunk_tokens
+        self.max_batch = max_batch
+        self.index_tokens = index_tokens  # prompt tokens that one hash of a request stands for; 0: block_size
 
 
-@dataclass(slots=True)
-class WorkerLost:
+class WorkerLost(Record):
     """Its link closed, fell silent, or it was fenced. Its int may be given to another one afterwards."""
 
-    worker: int
+    __slots__ = ("worker",)
+
+    def __init__(self, worker: int) -> None:
+        self.worker = worker
 
 
-@dataclass(slots=True)
-class WorkerDraining:
+class WorkerDraining(Record):
     """No new work there; what runs goes on."""
 
-    worker: int
+    __slots__ = ("worker",)
+
+    def __init__(self, worker: int) -> None:
+        self.worker = worker
 
 
-@dataclass(slots=True)
-class RolesSet:
+class RolesSet(Record):
     """The worker moved to other pools."""
 
-    worker: int
-    roles: tuple[str, ...]
+    __slots__ = ("roles", "worker")
+
+    def __init__(self, worker: int, roles: tuple[str, ...]) -> None:
+        self.worker = worker
+        self.roles = roles
 
 
-@dataclass(slots=True)
-class Reported:
+class Reported(Record):
     """A worker's own numbers; the last four are of its latest step that had decodes only, 0 where none was since."""
 
-    worker: int
-    free: int  # blocks
-    running: int  # sequences that decoded
-    waiting: int  # sequences with prompt tokens in that step
-    context: int  # tokens of the decoding ones
-    step_s: float
+    __slots__ = ("context", "free", "running", "step_s", "waiting", "worker")
+
+    def __init__(self, worker: int, free: int, running: int, waiting: int, context: int, step_s: float) -> None:
+        self.worker = worker
+        self.free = free  # blocks
+        self.running = running  # sequences that decoded
+        self.waiting = waiting  # sequences with prompt tokens in that step
+        self.context = context  # tokens of the decoding ones
+        self.step_s = step_s
 
 
-@dataclass(slots=True)
-class KvChanged:
+class KvChanged(Record):
     """Prefix cache changes of a worker; ``reset``: ``stored`` is everything."""
 
-    worker: int
-    stored: list[int]
-    removed: list[int]
-    reset: bool
+    __slots__ = ("removed", "reset", "stored", "worker")
+
+    def __init__(self, worker: int, stored: list[int], removed: list[int], reset: bool) -> None:
+        self.worker = worker
+        self.stored = stored
+        self.removed = removed
+        self.reset = reset
 
 
-@dataclass(slots=True)
-class Reserved:
+class Reserved(Record):
     """Decode room is booked; the first ``held`` blocks are there already."""
 
-    worker: int
-    attempt: int
-    held: int
+    __slots__ = ("attempt", "held", "worker")
+
+    def __init__(self, worker: int, attempt: int, held: int) -> None:
+        self.worker = worker
+        self.attempt = attempt
+        self.held = held
 
 
-@dataclass(slots=True)
-class NoRoom:
+class NoRoom(Record):
     """A reservation or a prefill did not fit."""
 
-    worker: int
-    attempt: int
+    __slots__ = ("attempt", "worker")
+
+    def __init__(self, worker: int, attempt: int) -> None:
+        self.worker = worker
+        self.attempt = attempt
 
 
-@dataclass(slots=True)
-class Progressed:
+class Progressed(Record):
     """Prompt tokens computed so far."""
 
-    worker: int
-    attempt: int
-    done: int
-    cached: int
-    step_s: float
+    __slots__ = ("attempt", "cached", "done", "step_s", "worker")
+
+    def __init__(self, worker: int, attempt: int, done: int, cached: int, step_s: float) -> None:
+        self.worker = worker
+        self.attempt = attempt
+        self.done = done
+        self.cached = cached
+        self.step_s = step_s
 
 
-@dataclass(slots=True)
-class BlocksReady:
+class BlocksReady(Record):
     """Blocks ``first``.. are final at the prefill worker."""
 
-    worker: int
-    attempt: int
-    first: int
-    count: int
-    blocks: bytes
-    sums: bytes
+    __slots__ = ("attempt", "blocks", "count", "first", "sums", "worker")
+
+    def __init__(self, worker: int, attempt: int, first: int, count: int, blocks: bytes, sums: bytes) -> None:
+        self.worker = worker
+        self.attempt = attempt
+        self.first = first
+        self.count = count
+        self.blocks = blocks
+        self.sums = sums
 
 
-@dataclass(slots=True)
-class BlocksVerified:
+class BlocksVerified(Record):
     """One Pull is done."""
 
-    worker: int
-    attempt: int
-    first: int
-    count: int
-    bytes: int
-    seconds: float
-    backend: str
+    __slots__ = ("attempt", "backend", "bytes", "count", "first", "seconds", "worker")
+
+    def __init__(
+        self, worker: int, attempt: int, first: int, count: int, bytes: int, seconds: float, backend: str
+    ) -> None:
+        self.worker = worker
+        self.attempt = attempt
+        self.first = first
+        self.count = count
+        self.bytes = bytes
+        self.seconds = seconds
+        self.backend = backend
 
 
-@dataclass(slots=True)
-class BlocksBad:
+class BlocksBad(Record):
     """One Pull failed."""
 
-    worker: int
-    attempt: int
-    reason: str
+    __slots__ = ("attempt", "reason", "worker")
+
+    def __init__(self, worker: int, attempt: int, reason: str) -> None:
+        self.worker = worker
+        self.attempt = attempt
+        self.reason = reason
 
 
-@dataclass(slots=True)
-class Emitted:
+class Emitted(Record):
     """``count`` tokens of an attempt were sent by a worker."""
 
-    worker: int
-    attempt: int
-    count: int
+    __slots__ = ("attempt", "count", "worker")
+
+    def __init__(self, worker: int, attempt: int, count: int) -> None:
+        self.worker = worker
+        self.attempt = attempt
+        self.count = count
 
 
-@dataclass(slots=True)
-class Ended:
+class Ended(Record):
     """The sequence is complete."""
 
-    worker: int
-    attempt: int
-    reason: str
+    __slots__ = ("attempt", "reason", "worker")
+
+    def __init__(self, worker: int, attempt: int, reason: str) -> None:
+        self.worker = worker
+        self.attempt = attempt
+        self.reason = reason
 
 
-@dataclass(slots=True)
-class AttemptLost:
+class AttemptLost(Record):
     """Preempted or failed at the worker; ``counts`` is False for a preemption, which is nobody's fault."""
 
-    worker: int
-    attempt: int
-    reason: str
-    counts: bool
+    __slots__ = ("attempt", "counts", "reason", "worker")
+
+    def __init__(self, worker: int, attempt: int, reason: str, counts: bool) -> None:
+        self.worker = worker
+        self.attempt = attempt
+        self.reason = reason
+        self.counts = counts
 
 
-@dataclass(slots=True)
-class Tick:
+class Tick(Record):
     """Time passed; see ``Core.next_tick``."""
+
+    __slots__ = ()
 
 
 Event = (
@@ -192,97 +263,128 @@ Event = (
 # --- actions ----------
 
 
-@dataclass(slots=True)
-class SendReserve:
+class Send(Record):
+    """Something that one worker is told about one attempt."""
+
+    __slots__ = ("attempt", "worker")
+
+    worker: int
+    attempt: int
+
+
+class SendReserve(Send):
     """Book room for the request on a decode worker."""
 
-    worker: int
-    request: Request
-    attempt: int
-    blocks: int
+    __slots__ = ("blocks", "request")
+
+    def __init__(self, worker: int, request: Request, attempt: int, blocks: int) -> None:
+        self.worker = worker
+        self.request = request
+        self.attempt = attempt
+        self.blocks = blocks
 
 
-@dataclass(slots=True)
-class SendPrefill:
+class SendPrefill(Send):
     """Compute the prompt, of which ``cached`` tokens should be there; ``decode``: and go on; ``transfer``: announce."""
 
-    worker: int
-    request: Request
-    attempt: int
-    decode: bool
-    transfer: bool
-    cached: int = 0
+    __slots__ = ("cached", "decode", "request", "transfer")
+
+    def __init__(
+        self, worker: int, request: Request, attempt: int, decode: bool, transfer: bool, cached: int = 0
+    ) -> None:
+        self.worker = worker
+        self.request = request
+        self.attempt = attempt
+        self.decode = decode
+        self.transfer = transfer
+        self.cached = cached
 
 
-@dataclass(slots=True)
-class SendPull:
+class SendPull(Send):
     """Copy blocks from ``peer``."""
 
-    worker: int
-    attempt: int
-    peer: int
-    first: int
-    blocks: bytes
-    sums: bytes
+    __slots__ = ("blocks", "first", "peer", "sums")
+
+    def __init__(self, worker: int, attempt: int, peer: int, first: int, blocks: bytes, sums: bytes) -> None:
+        self.worker = worker
+        self.attempt = attempt
+        self.peer = peer
+        self.first = first
+        self.blocks = blocks
+        self.sums = sums
 
 
-@dataclass(slots=True)
-class SendDecode:
+class SendDecode(Send):
     """Go on as soon as all blocks are verified."""
 
-    worker: int
-    request: Request
-    attempt: int
+    __slots__ = ("request",)
+
+    def __init__(self, worker: int, request: Request, attempt: int) -> None:
+        self.worker = worker
+        self.request = request
+        self.attempt = attempt
 
 
-@dataclass(slots=True)
-class SendRelease:
+class SendRelease(Send):
     """What the worker holds for the attempt is not needed any more."""
 
-    worker: int
-    attempt: int
+    __slots__ = ()
+
+    def __init__(self, worker: int, attempt: int) -> None:
+        self.worker = worker
+        self.attempt = attempt
 
 
-@dataclass(slots=True)
-class SendCancel:
+class SendCancel(Send):
     """Stop the attempt; ``suspect``: its KV did not match its checksums."""
 
-    worker: int
-    attempt: int
-    suspect: bool = False
+    __slots__ = ("suspect",)
+
+    def __init__(self, worker: int, attempt: int, suspect: bool = False) -> None:
+        self.worker = worker
+        self.attempt = attempt
+        self.suspect = suspect
 
 
-@dataclass(slots=True)
-class SendRenew:
+class SendRenew(Record):
     """Prolong the leases of these attempts."""
 
-    worker: int
-    attempts: list[int]
+    __slots__ = ("attempts", "worker")
+
+    def __init__(self, worker: int, attempts: list[int]) -> None:
+        self.worker = worker
+        self.attempts = attempts
 
 
-@dataclass(slots=True)
-class Show:
+class Show(Record):
     """Tokens of the request may go to the client (the first one was held)."""
 
-    rid: int
+    __slots__ = ("rid",)
+
+    def __init__(self, rid: int) -> None:
+        self.rid = rid
 
 
-@dataclass(slots=True)
-class Finish:
+class Finish(Record):
     """The request ended well."""
 
-    request: Request
+    __slots__ = ("request",)
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
 
 
-@dataclass(slots=True)
-class Refuse:
+class Refuse(Record):
     """The request ends with an error; ``code`` is a gRPC status name (errors.py)."""
 
-    request: Request
-    code: str
-    reason: str
-    message: str
-    retry_s: float | None
+    __slots__ = ("code", "message", "reason", "request", "retry_s")
+
+    def __init__(self, request: Request, code: str, reason: str, message: str, retry_s: float | None) -> None:
+        self.request = request
+        self.code = code
+        self.reason = reason
+        self.message = message
+        self.retry_s = retry_s
 
 
 Action = (

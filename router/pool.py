@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import Final
 
 from twinpool.cost import Cost
 from twinpool.router.events import WorkerUp
 from twinpool.router.request import Bound, Request
 
-PROBE_TOKENS = 512  # by which two measurements of one device are compared
-PACE_WEIGHT = 0.1  # of a new observation
-OUTLIER = 4.0
-ROUNDING = 1e-9  # seconds
-MEMORY_LIMIT = 0.97  # share of a worker's KV tokens that may be booked
+PROBE_TOKENS: Final = 512  # by which two measurements of one device are compared
+PACE_WEIGHT: Final = 0.1  # of a new observation
+OUTLIER: Final = 4.0
+ROUNDING: Final = 1e-9  # seconds
+MEMORY_LIMIT: Final = 0.97  # share of a worker's KV tokens that may be booked
 
 
 class Commitment:

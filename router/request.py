@@ -14,7 +14,7 @@ attempt is here. TRANSFERRED: the decode worker verified every block. DECODING: 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 
 class Phase(IntEnum):
@@ -44,7 +44,7 @@ class Ready:
         self.sums = sums
 
 
-NOBODY = -1
+NOBODY: Final = -1
 
 
 class Placement(NamedTuple):

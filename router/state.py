@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
+from typing import Final
 
 from twinpool.router import events as ev
 from twinpool.router.admission import Queue
@@ -16,8 +17,8 @@ from twinpool.router.policy.base import View
 from twinpool.router.pool import Pool
 from twinpool.router.request import NOBODY, Bound, Phase, Placement, Request
 
-FORGETTING = 0.05  # weight of a new sample in the running means
-MIN_TIMERS = 1024
+FORGETTING: Final = 0.05  # weight of a new sample in the running means
+MIN_TIMERS: Final = 1024
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_right
+from typing import Final
 
 from twinpool.cost import Cost, DecodeRow
 from twinpool.sim.gaps import Runs
 from twinpool.sim.sequence import NEVER, RUNNING, Sequence
 
-CLEAR = 1e-6  # a root that is farther than this from a whole number is not rounded to the wrong side of it
+CLEAR: Final = 1e-6  # a root that is farther than this from a whole number is not rounded to the wrong side of it
 
 
 class Batch:

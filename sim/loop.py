@@ -11,7 +11,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from twinpool.errors import TwinpoolError
 from twinpool.router import events as ev
@@ -23,16 +23,19 @@ from twinpool.sim.record import Recorder
 from twinpool.sim.result import COMPLETED, REFUSED
 from twinpool.sim.worker import SimWorker
 
-WAKE, PULLED, ARRIVE, CALL = 0, 1, 2, 3
+WAKE: Final = 0
+PULLED: Final = 1
+ARRIVE: Final = 2
+CALL: Final = 3
 # Numbers of actions in the digest. Leases never run out here, so renewals are left out.
 NUMBERS: dict[type, int] = {
     ev.SendReserve: 1, ev.SendPrefill: 2, ev.SendPull: 3, ev.SendDecode: 4, ev.SendRelease: 5, ev.SendCancel: 6,
 }  # fmt: skip
-SHOW, FINISH, REFUSE = 7, 8, 9
-SENT = (ev.SendReserve, ev.SendPrefill, ev.SendPull, ev.SendDecode, ev.SendRelease, ev.SendCancel)
+SHOW: Final = 7
+FINISH: Final = 8
+REFUSE: Final = 9
 LOSSES = (ev.WorkerLost, ev.AttemptLost)
 ENDS = (ev.Finish, ev.Refuse)
-Sent = ev.SendReserve | ev.SendPrefill | ev.SendPull | ev.SendDecode | ev.SendRelease | ev.SendCancel
 
 
 class SimulationError(TwinpoolError):
@@ -93,7 +96,7 @@ class Loop:
         self.record = Recorder(len(outputs))
         self.workers: dict[int, SimWorker] = {}
         self.lives: dict[int, list[SimWorker]] = {}  # by id: those that died, too
-        self.down: deque[tuple[float, Sent]] = deque()
+        self.down: deque[tuple[float, ev.Send]] = deque()
         self.up: deque[tuple[float, ev.Event]] = deque()
         self.kv_news: deque[tuple[float, ev.KvChanged]] = deque()
         self.heap: list[tuple[float, int, int, int, Any]] = []
@@ -245,7 +248,7 @@ class Loop:
         if isinstance(event, ev.Emitted):
             self._note_token(event, now)
         for action in actions:
-            if isinstance(action, SENT):
+            if isinstance(action, ev.Send):
                 self.record.decided(now, NUMBERS[type(action)], action.worker, action.attempt)
                 self._send(now + self.latency_s, action)
             elif isinstance(action, ev.Show):
@@ -270,7 +273,7 @@ class Loop:
         if request is not None and now > request.deadline:
             self.missed += 1
 
-    def _send(self, when: float, action: Sent) -> None:
+    def _send(self, when: float, action: ev.Send) -> None:
         """What one moment sends to a worker leaves in one write: it arrives together, before what later ones get."""
         down = self.down
         if not down or down[-1][0] != when:

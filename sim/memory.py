@@ -16,11 +16,12 @@ left is one counter, and no work is done per block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from twinpool.sim.sequence import Sequence
 from twinpool.workers.eviction import EvictionOrder
 
-NEWS_EVERY_S = 0.020  # changes of the cache are told at multiples of this (workers/reporter.py)
+NEWS_EVERY_S: Final = 0.020  # changes of the cache are told at multiples of this (workers/reporter.py)
 KvSink = Callable[[int, list[int], list[int], float], None]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from twinpool.cost import ITL_SHARE, Cost
 from twinpool.router import events as ev
@@ -12,7 +13,8 @@ from twinpool.sim.sequence import GONE, Sequence
 from twinpool.workers.chunks import plan_chunks, put_in_order
 from twinpool.workers.sequence import BATCH_RANK
 
-NEWS_S, NEWS_SHARE = 0.002, 0.02  # a step that is off its prediction by more than both is news (workers/worker.py)
+NEWS_S: Final = 0.002  # a step that is off its prediction by more than both is news (workers/worker.py)
+NEWS_SHARE: Final = 0.02
 ZEROS = bytes(1 << 12)  # block columns, of which only the length means anything
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
+from typing import Final
 
 import xxhash
 
@@ -10,7 +12,7 @@ from twinpool.router.request import Request
 from twinpool.sim.gaps import GapLog
 from twinpool.sim.result import LOST, NEVER, REFUSED
 
-FLUSH_VALUES = 1 << 16
+FLUSH_VALUES: Final = 1 << 16
 
 
 class Recorder:
@@ -34,15 +36,18 @@ class Recorder:
         self.joined = array("d", nevers)  # the last token that no run explains: first ones, here or after a hand-over
         self.latest: dict[int, float] = {}  # rid -> last token of an attempt that was lost while it decoded
         self.digest = ""
-        self._log = array("d")
+        self._log: list[float] = []  # not hashed yet
         self._hash = xxhash.xxh3_128()
 
     def decided(self, now: float, kind: int, worker: int, attempt: int) -> None:
         """One decision for the digest."""
         self._log.extend((now, kind, worker, attempt))
         if len(self._log) >= FLUSH_VALUES:
-            self._hash.update(self._log.tobytes())
-            del self._log[:]
+            self._flush()
+
+    def _flush(self) -> None:
+        self._hash.update(struct.pack(f"{len(self._log)}d", *self._log))
+        self._log.clear()
 
     def close(self, request: Request, now: float, outcome: int) -> None:
         """The request is over."""
@@ -67,5 +72,5 @@ class Recorder:
 
     def seal(self) -> None:
         """All is over: the digest of all decisions."""
-        self._hash.update(self._log.tobytes())
+        self._flush()
         self.digest = self._hash.hexdigest()

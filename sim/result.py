@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,12 @@ import numpy.typing as npt
 from twinpool.sim.gap_pool import GapPool
 from twinpool.sim.gaps import Floats, Ints, quantile
 
-COMPLETED, REFUSED, LOST = 0, 1, 2
-SPLIT, LOCAL = 0, 1
-NEVER = -1.0  # a time that did not come
+COMPLETED: Final = 0
+REFUSED: Final = 1
+LOST: Final = 2
+SPLIT: Final = 0
+LOCAL: Final = 1
+NEVER: Final = -1.0  # a time that did not come
 DECILES = 10
 
 Mask = npt.NDArray[np.bool_]

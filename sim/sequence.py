@@ -6,10 +6,15 @@ and the step after which it has ended: nothing of it is touched in between.
 
 from __future__ import annotations
 
+from typing import Final
+
 from twinpool.router.request import Request
 
-WAITING, HELD, RUNNING, GONE = 0, 1, 2, 3
-NEVER = 1 << 62  # a step that does not come
+WAITING: Final = 0
+HELD: Final = 1
+RUNNING: Final = 2
+GONE: Final = 3
+NEVER: Final = 1 << 61  # a step that does not come
 
 
 class Sequence:

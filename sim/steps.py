@@ -14,6 +14,7 @@ when it is asked for:
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from twinpool.cost import Cost
 from twinpool.router import events as ev
@@ -23,7 +24,7 @@ from twinpool.sim.memory import Memory, next_news
 from twinpool.sim.net import Net
 from twinpool.sim.sequence import GONE, RUNNING
 
-COUNT_EVERY = 256  # steps, after which growth is counted though there is no need
+COUNT_EVERY: Final = 256  # steps, after which growth is counted though there is no need
 
 
 class Steps:

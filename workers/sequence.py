@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-BATCH_RANK = 2
+BATCH_RANK: Final = 2
 
 
 class Mode(enum.IntEnum):

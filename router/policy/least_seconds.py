@@ -11,7 +11,9 @@ all with room are too late. One that can be in time nowhere any more stands behi
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+from mypy_extensions import mypyc_attr
 
 from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
@@ -19,13 +21,14 @@ from twinpool.router.policy.base import NOBODY, Passed, Placement, Refusal, View
 from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
-MIN_LOCAL_CHUNK = 64  # tokens beside decodes: below that a local prompt starves
-LOCAL_MEMORY = 0.7  # booked share of a decode worker above which it takes no prompts
-LOCAL_MARGIN = 1.25
-UNHOMED_SHARE = 0.5  # of the prefill pool's KV that may wait for a decode worker
-MIN_COMMIT_S, MAX_COMMIT_S = 0.020, 0.150
+MIN_LOCAL_CHUNK: Final = 64  # tokens beside decodes: below that a local prompt starves
+LOCAL_MEMORY: Final = 0.7  # booked share of a decode worker above which it takes no prompts
+LOCAL_MARGIN: Final = 1.25
+UNHOMED_SHARE: Final = 0.5  # of the prefill pool's KV that may wait for a decode worker
+MIN_COMMIT_S: Final = 0.020
+MAX_COMMIT_S: Final = 0.150
+CLOCK_ERROR: Final = 1e-6  # seconds: more than sums of clock readings round off
 PASSED = Passed()
-CLOCK_ERROR = 1e-6  # seconds: more than sums of clock readings round off
 
 
 class Candidate(NamedTuple):
@@ -37,6 +40,7 @@ class Candidate(NamedTuple):
     seconds: float
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # the built-in policy is what others start from
 class LeastSeconds:
     """See the module's docstring. ``paths``: "auto", or only "split" or "local".
 
@@ -197,22 +201,24 @@ class LeastSeconds:
         if not worker.fits(need) or worker.batch >= worker.max_batch:
             return None
         cached = cached_tokens(worker, request.length, stairs)
-        seconds = self._prompt_s(worker, request, cached)
-        if seconds == math.inf:
+        if worker.batch and self._chunk(worker, request, cached) < MIN_LOCAL_CHUNK:
             return None
+        seconds = self._prompt_s(worker, request, cached)
         running = worker.decode_s(worker.batch, worker.context) if worker.batch else 0.0
         return Candidate(now + running / 2 + seconds, worker.id, cached, seconds)
 
     @staticmethod
-    def _prompt_s(worker: Worker, request: Request, cached: int) -> float:
-        """Prefill, in chunks that leave the decodes beside it within their ITL; infinity if these are too small."""
+    def _chunk(worker: Worker, request: Request, cached: int) -> int:
+        """Tokens that leave the decodes beside them within their ITL."""
+        return worker.chunk_within(ITL_SHARE * worker.tightest_itl(request.itl_s), cached)
+
+    def _prompt_s(self, worker: Worker, request: Request, cached: int) -> float:
+        """Prefill, beside what decodes there: a step of each chunk takes all that the ITL allows."""
         left = request.length - cached
         if worker.batch == 0:
             return worker.prefill_s(left, cached)
+        chunk = max(worker.block_size, self._chunk(worker, request, cached))  # a block is always taken
         budget = ITL_SHARE * worker.tightest_itl(request.itl_s)
-        chunk = worker.chunk_within(budget, cached)
-        if chunk < MIN_LOCAL_CHUNK:
-            return math.inf
         return math.ceil(left / chunk) * budget + worker.cost.attention(left, cached)
 
     def _prefer_local(

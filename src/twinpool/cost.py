@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
-ITL_SHARE = 0.9  # of the tightest ITL SLO that a step with chunks may take
-UNBOUNDED_CHUNK = 1 << 30
+ITL_SHARE: Final = 0.9  # of the tightest ITL SLO that a step with chunks may take
+UNBOUNDED_CHUNK: Final = 1 << 30
 
 
 class DecodeRow:

@@ -22,15 +22,16 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Final
 
 from twinpool.cost import UNBOUNDED_CHUNK, DecodeRow
 from twinpool.errors import ConfigError
 
-DENSE_TOKENS = 8192  # up to here W is a list by token; steps are rarely larger
+DENSE_TOKENS: Final = 8192  # up to here W is a list by token; steps are rarely larger
 MAX_SUMS = 1 << 18  # sums of attention kept
-NEWTON_ROUNDS = 8  # at most, in largest_chunk
-FLAT = 1e-12  # seconds a token
-START_TOKENS = 64  # attention of a chunk so short is all start
+NEWTON_ROUNDS: Final = 8  # at most, in largest_chunk
+FLAT: Final = 1e-12  # seconds a token
+START_TOKENS: Final = 64  # attention of a chunk so short is all start
 
 
 @dataclass(frozen=True)

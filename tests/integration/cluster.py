@@ -34,6 +34,7 @@ TORCH = {
     "worker.kv_memory_mib": 512,
     "link.dead_after_ms": 20_000,
     "transfer.timeout_ms": 30_000,
+    "scheduling.classes.realtime.max_queue_ms": 600_000,  # all prompts at once, on a machine that may be busy
 }
 
 

@@ -75,7 +75,7 @@ class LiveRun:
 
 def plain(record: ev.Event | ev.Action) -> Plain:
     """Name and fields: a request as its rid, hashes and block columns as their lengths."""
-    values = (getattr(record, name) for name in record.__slots__)
+    values = (getattr(record, name) for name in ev.fields(type(record)))
     return (type(record).__name__, *map(_plain_value, values))
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 import pytest
@@ -26,6 +26,7 @@ from tests.router.logged_cluster import (
 from tests.router.test_router_live import Joined, submission
 
 from twinpool.config import ClusterConfig
+from twinpool.cost import Cost, StepCost
 from twinpool.errors import ConfigError
 from twinpool.router import decision_log as module
 from twinpool.router import events as ev
@@ -40,6 +41,7 @@ from twinpool.router.roster import Roster
 from twinpool.router.state import Limits
 
 KINDS: tuple[type, ...] = get_args(ev.Event)
+SOURCES = pytest.mark.skipif(hasattr(Request, "__mypyc_attrs__"), reason="compiled classes do not tell what they take")
 TRANSFERS = {"Reserved", "BlocksReady", "BlocksVerified", "BlocksBad"}
 
 
@@ -98,12 +100,25 @@ def test_every_event_comes_back(tmp_path: Path) -> None:
     back = [event_of(turn.event) for turn in read]
     assert back[1:] == examples[1:]
     assert isinstance(back[0], ev.Submit)
-    for name in Request.__slots__:
-        assert getattr(back[0].request, name) == getattr(request, name), name
+    for name in dir(request):
+        if not name.startswith("_") and not callable(getattr(request, name)):
+            assert getattr(back[0].request, name) == getattr(request, name), name
 
 
+@SOURCES
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not ev.Tick])
+def test_events_are_stored_with_the_types_they_have(kind: type[ev.Record]) -> None:
+    wanted = get_type_hints(kind.__init__)
+    del wanted["return"]
+    (stored,) = [stored for stored, event in module._KINDS.items() if event is kind]
+    got = get_type_hints(stored, include_extras=False)
+    others = {Request: Arrival, Cost: StepCost}
+    assert list(got.items()) == [(name, others.get(hint, hint)) for name, hint in wanted.items()]
+
+
+@SOURCES
 def test_an_arrival_is_what_a_request_is_made_from() -> None:
-    wanted = list(inspect.signature(Request.__init__).parameters)[1:]
+    wanted = list(inspect.signature(Request).parameters)
     assert list(Arrival.__struct_fields__) == wanted
     values: dict[str, Any] = {name: number for number, name in enumerate(wanted, 100)}
     row = event_row(ev.Submit(Request(**values)))

@@ -9,46 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.router.fake_cluster import FakeCluster
 from tests.router.fake_worker import COST, request_of, worker_up
+from tests.router.policy_views import NOW, ask, busy, cell, decoding
 
 from twinpool.router import events as ev
-from twinpool.router.kv_index import KvIndex
-from twinpool.router.policy import LeastSeconds, View
-from twinpool.router.policy.base import Passed, Placement, Refusal
+from twinpool.router.policy import LeastSeconds
+from twinpool.router.policy.base import Passed, Placement
 from twinpool.router.policy.least_seconds import CLOCK_ERROR, PASSED
-from twinpool.router.pool import Pool, Worker
-from twinpool.router.request import NOBODY, Request
-
-NOW = 100.0
-
-
-def cell(*roles: str, blocks: int = 1000, round_trip_s: float = 0.001, max_batch: int = 8) -> View:
-    """Workers 0.. with these roles ("both": both), 4000 tokens of KV each, chunks of 512; outputs of 100 tokens."""
-    pool = Pool()
-    for number, role in enumerate(roles):
-        names = ("prefill", "decode") if role == "both" else (role,)
-        up = worker_up(number, *names, blocks=blocks, chunk_tokens=512, max_batch=max_batch)
-        pool.add(Worker(up))
-    return View(pool, KvIndex(), round_trip_s, 100)
-
-
-def ask(prompt_len: int = 400, max_tokens: int = 50, *, deadline: float = NOW + 1.0, itl_s: float = 0.1) -> Request:
-    request = request_of(1, prompt_len, max_tokens, hashes=list(range(prompt_len // 4)), itl_s=itl_s)
-    request.deadline = deadline
-    return request
-
-
-def busy(view: View, worker: int, seconds: float, attempt: int = 50) -> None:
-    """Commits prompt work to a worker, now."""
-    view.pool.workers[worker].book(attempt, attempt, 10)
-    view.pool.workers[worker].commit_prefill(attempt, seconds, 10, 0, NOW)
-
-
-def decoding(view: View, worker: int, count: int, context: int = 100, itl_s: float = 0.1) -> None:
-    """Lets sequences decode on a worker."""
-    for attempt in range(1000, 1000 + count):
-        view.pool.workers[worker].book(attempt, attempt, context)
-        view.pool.workers[worker].join_decode(attempt, context, itl_s)
-
+from twinpool.router.request import NOBODY
 
 # --- late binding ----------
 
@@ -142,80 +109,6 @@ def test_a_prefill_worker_without_memory_is_left_out() -> None:
     placement = LeastSeconds().on_room(ask(), view, NOW)
     assert isinstance(placement, Placement)
     assert placement.prefill == 1
-
-
-# --- who can be in time ----------
-
-
-def test_a_busy_worker_with_more_cached_is_waited_for() -> None:
-    view = cell("prefill", "prefill", "decode")
-    view.index.change(1, list(range(80)), [], False)  # 320 of 400 tokens: 32 ms less
-    busy(view, 1, 0.025)
-    policy = LeastSeconds("split")
-    assert policy.on_room(ask(), view, NOW) == PASSED, "there in 34 ms, here in 49"
-    busy(view, 1, 0.025, attempt=51)
-    placement = policy.on_room(ask(), view, NOW)
-    assert isinstance(placement, Placement)
-    assert placement.prefill == 0, "there only in 59 ms"
-
-
-@pytest.mark.parametrize("hashes", [False, True])
-def test_who_will_be_late_here_waits_for_a_worker_that_is_in_time(hashes: bool) -> None:
-    view = cell("prefill", "prefill", "decode")
-    if hashes:
-        view.index.change(1, list(range(90)), [], False)
-    busy(view, 1, 0.025)
-    answer = LeastSeconds("split").on_room(ask(deadline=NOW + 0.04), view, NOW)
-    assert isinstance(answer, Passed)
-    assert (answer.late_s > 0.0) == (not hashes)
-
-
-def test_late_is_by_how_much() -> None:
-    view = cell("prefill", "decode")
-    seconds = COST.prefill(400, 0, 512)
-    answer = LeastSeconds("split").on_room(ask(deadline=NOW + seconds - 0.01), view, NOW)
-    assert isinstance(answer, Passed)
-    assert answer.late_s == pytest.approx(0.01)
-
-
-def test_late_ones_are_served_by_whoever_has_room() -> None:
-    request = ask(deadline=NOW - 1.0)
-    request.late = True
-    assert isinstance(LeastSeconds().on_room(request, cell("prefill", "decode"), NOW), Placement)
-
-
-def test_who_was_started_before_is_never_late() -> None:
-    request = ask(deadline=NOW - 1.0)
-    request.first_at = NOW - 2.0
-    assert isinstance(LeastSeconds().on_room(request, cell("prefill", "decode"), NOW), Placement)
-
-
-def test_late_ones_may_be_refused_but_not_for_slow_hardware() -> None:
-    policy = LeastSeconds("split", late="refuse")
-    view = cell("prefill", "decode")
-    request = ask(deadline=NOW + 0.04)
-    request.arrival = NOW - 1.0
-    answer = policy.on_room(request, view, NOW)
-    assert isinstance(answer, Refusal)
-    assert answer.reason == "LATE"
-    assert answer.retry_s == pytest.approx(COST.prefill(400, 0, 512) - 0.04)
-    request.arrival = NOW  # then no worker could ever have been in time
-    assert isinstance(policy.on_room(request, view, NOW), Passed)
-
-
-def test_those_in_time_go_before_those_that_are_late() -> None:
-    cluster = FakeCluster(LeastSeconds("split"))
-    cluster.join(worker_up(0, "prefill", blocks=400))
-    cluster.join(worker_up(1, "decode", blocks=400, max_batch=40))
-    long = [request_of(rid, 400, 2, ttft_s=0.1) for rid in range(6)]  # 49 ms each: two of them are in time
-    short = [request_of(rid, 20, 2, ttft_s=0.2) for rid in range(6, 12)]
-    for request in (*long, *short):
-        cluster.submit(request)
-    cluster.run_until_ended(10.0)
-    in_time = [r.rid for r in (*long, *short) if cluster.shown[r.rid] <= r.deadline]
-    assert set(range(6, 12)) < set(in_time), "in order of deadline alone the short ones would wait for all long ones"
-    assert len(in_time) >= 7
-    assert not any(isinstance(end, ev.Refuse) for end in cluster.ended.values())
 
 
 # --- which decode worker ----------

@@ -61,8 +61,8 @@ def same(a: object, b: object) -> bool:
         return False
     if isinstance(a, float):
         return a == b or abs(a - b) <= EXACT_S  # type: ignore[operator]
-    if dataclasses.is_dataclass(a) and not isinstance(a, type):
-        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, ev.Record):
+        return all(same(getattr(a, name), getattr(b, name)) for name in ev.fields(type(a)))
     return a == b
 
 
