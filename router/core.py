@@ -157,7 +157,7 @@ class Core:
                 return first
             if isinstance(answer, Passed):
                 if answer.late_s > 0.0:
-                    state.queue.postpone(request, now + answer.late_s - request.deadline)
+                    state.queue.postpone(request, request.deadline + answer.late_s - now)
                     continue
                 first = first or request
                 passed += 1

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from twinpool.sim.result import Summary
 
+UNBOUNDED = 10_000  # columns
 NONE = "-"
 MORE, LESS = 1, -1  # which is better
 TIMES = (("TTFT", "ttft_ms"), ("ITL", "itl_ms"), ("end to end", "e2e_ms"))
@@ -135,22 +136,34 @@ def _deciles(summary: Summary) -> Table:
 
 
 def compare(summaries: Sequence[tuple[str, Summary]], console: Console | None = None) -> None:
-    """Prints (label, summary) pairs side by side, a row each in the order given; the best of a column is bold."""
+    """Prints (label, summary) pairs, a row each in the order given, or a column each where rows would be too wide.
+
+    The best of each figure is bold.
+    """
     console = console or Console()
     runs = [summary for _, summary in summaries]
     metrics = [*METRICS, *([COST] if any(COST.value(summary) is not None for summary in runs) else [])]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("run", min_width=max((len(label) for label, _ in summaries), default=0))
-    for metric in metrics:
-        table.add_column(metric.title, justify="right")
-    best = [_best(metric, runs) for metric in metrics]
-    for label, summary in summaries:
-        texts = [metric.text(summary) for metric in metrics]
-        table.add_row(
-            escape(label), *(f"[bold]{t}[/bold]" if t == top else t for t, top in zip(texts, best, strict=True))
-        )
+    figures = [[_bold(metric.text(run), _best(metric, runs)) for metric in metrics] for run in runs]
+    labels, titles = [escape(label) for label, _ in summaries], [metric.title for metric in metrics]
+    table = _grid("run", titles, labels, figures)
+    if console.measure(table, options=console.options.update(max_width=UNBOUNDED)).minimum > console.width:
+        table = _grid("", labels, titles, [list(column) for column in zip(*figures, strict=True)])
     console.print(table)
-    console.print("Times in ms; gap: the longest of a request; bold: best of its column.")
+    console.print("Times in ms; gap: the longest of a request; bold: the best.")
+
+
+def _grid(corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(corner, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for label, texts in zip(rows, cells, strict=True):
+        table.add_row(label, *texts)
+    return table
+
+
+def _bold(text: str, best: str | None) -> str:
+    return f"[bold]{text}[/bold]" if text == best else text
 
 
 def _best(metric: Metric, summaries: Sequence[Summary]) -> str | None:

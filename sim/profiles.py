@@ -51,6 +51,7 @@ class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     source: dict[str, str]  # figure -> where it is from
     grids: Grids | None = None  # None: the closed form is all there is
     edge: Edge = Edge()
+    planned: StepCost | None = None  # what workers and router take a step to last when they plan; None: what it lasts
 
 
 class Profile:
@@ -58,7 +59,7 @@ class Profile:
 
     __slots__ = (
         "busy_watts_per_gpu", "cost", "edge", "fit", "fit_mean_error", "fit_worst_error", "gpus", "idle_watts_per_gpu",
-        "kv_bytes_per_token", "kv_tokens", "link_bytes_per_s", "name", "price_per_gpu_hour", "source",
+        "kv_bytes_per_token", "kv_tokens", "link_bytes_per_s", "name", "planned", "price_per_gpu_hour", "source",
     )  # fmt: skip
 
     def __init__(self, file: ProfileFile) -> None:
@@ -76,6 +77,7 @@ class Profile:
         self.idle_watts_per_gpu = file.idle_watts_per_gpu
         self.busy_watts_per_gpu = file.busy_watts_per_gpu
         self.source = file.source
+        self.planned = file.planned
 
 
 def profile_names() -> list[str]:

@@ -22,6 +22,7 @@ from twinpool.sim.gap_pool import GapPool
 from twinpool.sim.gaps import request_gaps
 from twinpool.sim.links import Links
 from twinpool.sim.loop import Arrivals, Loop
+from twinpool.sim.planned_cost import PlannedCost
 from twinpool.sim.profiles import Profile, load_profile
 from twinpool.sim.result import Columns, Result, Wall, WorkerTotals
 from twinpool.sim.settings import Failure, Settings
@@ -39,6 +40,10 @@ class Cluster:
         self.settings = settings
         self.profile: Profile = load_profile(settings.profile)
         self.cost: Cost = self.profile.fit if settings.closed_form else self.profile.cost
+        self.planned: Cost = self.cost
+        if self.profile.planned is not None:
+            self.planned = self.profile.planned
+            self.cost = PlannedCost(self.cost, self.planned)
         self.unit_tokens = trace.block_tokens
         self.block_size = _block_size(settings, trace)
         tokens = settings.kv_tokens or self.profile.kv_tokens
@@ -53,7 +58,7 @@ class Cluster:
         """What a worker says of itself when it joins."""
         return ev.WorkerUp(
             number, self.settings.names()[number], roles, self.blocks, self.block_size, self.block_bytes,
-            self.settings.profile, self.cost, self.settings.chunk_tokens, self.settings.max_batch,
+            self.settings.profile, self.planned, self.settings.chunk_tokens, self.settings.max_batch,
             self.unit_tokens or self.block_size,
         )  # fmt: skip
 

@@ -99,7 +99,7 @@ def _step_log(config: ClusterConfig, hello: frames.Hello) -> StepLog | None:
         return None
     model = hello.model
     line = WorkerLine(hello.worker, hello.device, model.name, hello.blocks, model.block_size, model.block_bytes,
-                      hello.chunk_tokens, hello.max_batch)  # fmt: skip
+                      hello.chunk_tokens, hello.max_batch, hello.cost)  # fmt: skip
     return StepLog(path, line)
 
 

@@ -8,8 +8,8 @@ also while a step runs. The life of an attempt here::
     reserve -> held --seal_received, start_decode--> (DECODE) running --finish--> gone, or held
     any: cancel; waiting and running: preempted when decoding needs a block and none is left
 
-A step is: all decoding sequences (at most ``max_batch``, in turns above that), then chunks of prompts in the order they
-came, batch-class prompts after all others; ``chunks.py`` says how many tokens of them.
+A step is: all decoding sequences (at most ``max_batch``, in turns above that), then chunks of prompts in the order in
+which the router committed them, batch-class prompts after all others; ``chunks.py`` says how many tokens of them.
 
 All blocks that a prompt needs are taken when it is added, so what is in can go on: it never waits for room.
 """

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from twinpool.cost import StepCost
 from twinpool.errors import ConfigError
 
 log = logging.getLogger("twinpool.worker")
@@ -58,10 +59,12 @@ class WorkerLine(NamedTuple):
     block_bytes: int
     chunk_tokens: int
     max_batch: int
+    cost: StepCost | None = None  # what the worker itself takes a step to last when it plans one
 
     def encoded(self) -> bytes:
         """The first line of a worker."""
-        return msgspec.json.encode({"v": 1, **self._asdict()}) + b"\n"
+        said = {name: value for name, value in self._asdict().items() if value is not None}
+        return msgspec.json.encode({"v": 1, **said}) + b"\n"
 
 
 class StepLog:

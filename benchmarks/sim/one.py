@@ -1,6 +1,6 @@
 """One timed replay in a process of its own: what ``run.py`` starts. Prints one JSON line.
 
-    python benchmarks/sim/one.py TRACE [--prefill 4] [--decode 4] [--copies 1] [--speed 1]
+    python benchmarks/sim/one.py TRACE [--prefill 4] [--decode 4] [--copies 1] [--speed 1] [--policy NAME]
 
 Counted is everything from opening the file to the last exact percentile. ``--copies`` puts the trace several times in
 a row, with hash ids of their own.
@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=4)
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--speed", type=float, default=1.0)
+    parser.add_argument("--policy", default="least_seconds")
+    parser.add_argument("--chunk-tokens", type=int, default=2048)
     args = parser.parse_args()
     started, cpu = time.perf_counter(), time.process_time()
     trace, _ = read_trace(args.trace)
@@ -50,7 +52,8 @@ def main() -> None:
         trace = copies(trace, args.copies)
     if args.speed != 1.0:
         trace = speed(trace, args.speed)
-    summary = replay(trace, Settings(prefill=args.prefill, decode=args.decode)).summary()
+    settings = Settings(prefill=args.prefill, decode=args.decode, policy=args.policy, chunk_tokens=args.chunk_tokens)
+    summary = replay(trace, settings).summary()
     wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
     print(
         json.dumps(

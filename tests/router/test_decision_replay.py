@@ -18,7 +18,7 @@ from twinpool.router import events as ev
 from twinpool.router.core import Core
 from twinpool.router.decision_log import MAGIC, PREFIX, DecisionLog, End, Header, Turn
 from twinpool.router.decision_replay import read_decisions, replay_decisions
-from twinpool.router.policy import LeastSeconds, Placement, View
+from twinpool.router.policy import LeastSeconds, Passed, Placement, Refusal, View
 from twinpool.router.request import Request
 from twinpool.router.state import Limits
 
@@ -76,9 +76,9 @@ class Moody(LeastSeconds):
 
     calls = itertools.count()
 
-    def on_room(self, request: Request, view: View, now: float) -> Placement | None:
-        placement = super().on_room(request, view, now)
-        return placement and placement._replace(cached=next(self.calls) % 7)
+    def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
+        answer = super().on_room(request, view, now)
+        return answer._replace(cached=next(self.calls) % 7) if isinstance(answer, Placement) else answer
 
 
 def test_hidden_state_is_a_difference(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from tests.router.fake_worker import COST, request_of, worker_up
 from tests.router.policy_views import NOW, ask, busy, cell
 
 from twinpool.router import events as ev
-from twinpool.router.policy import LeastSeconds
-from twinpool.router.policy.base import Passed, Placement, Refusal
+from twinpool.router.policy import LeastSeconds, Passed, Placement, Refusal
 from twinpool.router.policy.least_seconds import PASSED
 
 
