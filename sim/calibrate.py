@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twinpool.cost import StepCost
+from twinpool.cost_grid import Grids
 from twinpool.errors import ConfigError
 from twinpool.sim.calibrate_edge import EdgeFound
 from twinpool.sim.calibrate_logs import Steps, StepWorker
@@ -210,9 +211,17 @@ class Given:
 
 
 def make_profile(
-    name: str, found: CostFound, edge: EdgeFound | None, worker: StepWorker | None, like: Profile | None, given: Given
+    name: str,
+    found: CostFound,
+    edge: EdgeFound | None,
+    worker: StepWorker | None,
+    like: Profile | None,
+    given: Given,
+    grids: Grids | None = None,
 ) -> ProfileFile:
     """A profile of what was measured; what was not is as given, else as the worker said, else as of ``like``.
+
+    ``grids``: tables that count in place of the formula (calibrate_grid.py).
 
     Raises ConfigError where nobody knows how much KV a worker holds.
     """
@@ -236,6 +245,7 @@ def make_profile(
         fit=StepCost(**{key: float(f"{value:.9g}") for key, value in msgspec.structs.asdict(found.cost).items()}),
         fit_mean_error=round(found.mean_error, 5), fit_worst_error=round(found.worst_error, 5),
         source=_sources(found, edge, worker, like, given), edge=edge.edge() if edge is not None else Edge(),
+        grids=grids, planned=worker.cost if worker is not None else None,
     )  # fmt: skip
 
 

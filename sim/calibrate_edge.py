@@ -9,7 +9,7 @@ All are what the simulator's own timeline (``loop.py``, ``worker.py``) lacks wit
                 before it move while the prompt is computed
 
 Each is a median (the last a median of slopes: Theil, 1950; Sen, 1968), so some slow requests change nothing. What is
-outside of the router's core (a caller's network, gRPC, the tokenizer) is not in its log: only clients can tell, and then
+outside of the router's core (a caller's network, gRPC, the tokenizer) is not in its log: only clients can tell. Then
 
     outside_s   the client's time to the first token - the router's, which every answer says
 
@@ -44,6 +44,9 @@ class Measured(NamedTuple):
     note: str = ""
 
 
+NO_CLIENTS = Measured(None, note="no times of clients were given")
+
+
 @dataclass(frozen=True, slots=True)
 class EdgeFound:
     """Seconds, and bytes a second of a link."""
@@ -53,7 +56,7 @@ class EdgeFound:
     setup_s: Measured
     link_bytes_per_s: Measured
     requests: int
-    outside_s: Measured = Measured(None, note="no times of clients were given")  # a part of edge_s
+    outside_s: Measured = NO_CLIENTS  # a part of edge_s
 
     def edge(self) -> Edge:
         """What a profile holds of it."""
@@ -85,7 +88,7 @@ def measure_edge(
     latency = _latency(once)
     one_way = latency.value or 0.0
     setup, rate = _transfers(once, one_way, chunk_tokens, kv_bytes_per_token)
-    outside = _median([client.outside_s for client in clients], "times of clients")
+    outside = _median([client.outside_s for client in clients], "times of clients") if clients else NO_CLIENTS
     overhead = _overhead(log, one_way, outside.value or 0.0)
     if overhead.value is None and outside.value is not None:
         overhead = outside._replace(note=f"what is outside of the router alone, for {overhead.note}")

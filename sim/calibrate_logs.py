@@ -2,8 +2,8 @@
 
 A step log is as workers/step_log.py writes it. A table is a CSV with the columns tokens, cached, batch, context,
 seconds: one step a row, with one chunk of ``tokens`` after ``cached`` ones (0: none), ``batch`` sequences decoding and
-the sum of their context tokens. Times of clients are JSON lines, one a request, with what a client measured and what the
-router's answer says (``Timing.ttft_ms``): {"ttft_s": 0.0934, "router_ttft_s": 0.0911}.
+the sum of their context tokens. Times of clients are JSON lines, one a request, with what a client measured and what
+the router's answer says (``Timing.ttft_ms``): {"ttft_s": 0.0934, "router_ttft_s": 0.0911}.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Annotated, BinaryIO, TypeVar
 import msgspec
 import numpy as np
 
+from twinpool.cost import StepCost
 from twinpool.sim.fit import Floats, StepSample, sample
 from twinpool.sim.trace_columns import TraceError
 
@@ -41,6 +42,7 @@ class StepWorker(msgspec.Struct, frozen=True):
     block_bytes: Count
     chunk_tokens: Count = 0
     max_batch: Count = 0
+    cost: StepCost | None = None  # what it plans its steps by
 
     @property
     def kind(self) -> tuple[str, str]:

@@ -136,30 +136,39 @@ def _deciles(summary: Summary) -> Table:
 
 
 def compare(summaries: Sequence[tuple[str, Summary]], console: Console | None = None) -> None:
-    """Prints (label, summary) pairs, a row each in the order given, or a column each where rows would be too wide.
+    """Prints (label, summary) pairs, a row each in the order given, in several parts where one would be too wide.
 
     The best of each figure is bold.
     """
     console = console or Console()
     runs = [summary for _, summary in summaries]
     metrics = [*METRICS, *([COST] if any(COST.value(summary) is not None for summary in runs) else [])]
-    figures = [[_bold(metric.text(run), _best(metric, runs)) for metric in metrics] for run in runs]
-    labels, titles = [escape(label) for label, _ in summaries], [metric.title for metric in metrics]
-    table = _grid("run", titles, labels, figures)
-    if console.measure(table, options=console.options.update(max_width=UNBOUNDED)).minimum > console.width:
-        table = _grid("", labels, titles, [list(column) for column in zip(*figures, strict=True)])
-    console.print(table)
-    console.print("Times in ms; gap: the longest of a request; bold: the best.")
+    labels = [escape(label) for label, _ in summaries]
+    first = 0
+    while first < len(metrics):
+        last = len(metrics)
+        while last > first + 1 and _width(_part(labels, runs, metrics[first:last]), console) > console.width:
+            last -= 1
+        console.print(_part(labels, runs, metrics[first:last]))
+        first = last
+    console.print("Times in ms; gap: the longest of a request; bold: best of its column.")
 
 
-def _grid(corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
+def _part(labels: Sequence[str], runs: Sequence[Summary], metrics: Sequence[Metric]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column(corner, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for label, texts in zip(rows, cells, strict=True):
+    table.add_column("run", no_wrap=True)
+    for metric in metrics:
+        table.add_column(metric.title, justify="right", min_width=max(map(len, metric.title.split())))
+    best = [_best(metric, runs) for metric in metrics]
+    for label, run in zip(labels, runs, strict=True):
+        texts = [_bold(metric.text(run), top) for metric, top in zip(metrics, best, strict=True)]
         table.add_row(label, *texts)
     return table
+
+
+def _width(table: Table, console: Console) -> int:
+    """Columns of the terminal below which figures would be cut."""
+    return console.measure(table, options=console.options.update(max_width=UNBOUNDED)).minimum
 
 
 def _bold(text: str, best: str | None) -> str:
