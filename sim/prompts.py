@@ -19,7 +19,7 @@ ZEROS = bytes(1 << 12)  # block columns, of which only the length means anything
 
 
 class Prompts:
-    """In the order of their commitment, batch class last. ``waiting``: how many, those in the step that runs included."""
+    """In order of commitment, batch class last. ``waiting``: how many, those in the step that runs included."""
 
     __slots__ = (
         "_chunk_tokens", "_cost", "_counts", "_first", "_id", "_last", "_memory", "_net", "_size", "_unit",
