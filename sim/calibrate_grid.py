@@ -26,7 +26,7 @@ from twinpool.sim.fit import Floats, StepSample, fit_step_cost
 
 ENOUGH = 20  # steps of a batch size without prompts that make a knot, and steps with prompts that make a fit
 NEAR = 4.0  # median deviations from the middle: what is further away does not count for slopes and fits
-BETTER = 0.75  # the tables' mean error is so small a share of the formula's, or they are not used
+BETTER = 0.9  # the tables' mean error is so small a share of the formula's, or they are not used
 GOOD = 0.02  # mean error with which the formula is good enough
 MOST_TOKENS = 16_384  # last knot; what is beyond goes on straight
 MOST_CONTEXT = 131_072

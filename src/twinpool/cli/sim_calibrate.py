@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -15,16 +15,21 @@ from twinpool.cli import sim
 from twinpool.cli.common import reporting
 from twinpool.cli.sim import JsonFile, Screen, Seed, SkipBad
 from twinpool.errors import ConfigError
-from twinpool.sim.calibrate import CostFound, Given, fit_steps, make_profile, write_profile
-from twinpool.sim.calibrate_edge import EdgeFound, measure_edge
-from twinpool.sim.calibrate_logs import Steps, StepWorker, read_requests, read_steps, read_table
-from twinpool.sim.profiles import load_profile
+
+if TYPE_CHECKING:  # numpy takes a quarter of a second to import: only this command waits for it
+    from twinpool.cost_grid import Grids
+    from twinpool.sim.calibrate import CostFound
+    from twinpool.sim.calibrate_edge import EdgeFound
+    from twinpool.sim.calibrate_logs import Steps, StepWorker
 
 CHUNK_TOKENS = 512  # worker.chunk_tokens, where neither a step log nor a flag says it
 
 StepFiles = Annotated[list[Path] | None, typer.Option("--steps", metavar="LOG", help="Step log; again for each.")]
 TableFile = Annotated[Path | None, typer.Option(metavar="CSV", help="Of tokens,cached,batch,context,seconds.")]
 RequestFile = Annotated[Path | None, typer.Option(metavar="LOG", help="The router's edge.request_log.")]
+ClientFile = Annotated[
+    Path | None, typer.Option(metavar="LOG", help="Of clients: ttft_s and router_ttft_s, JSON lines.")
+]
 Name = Annotated[str | None, typer.Option(help="Of the profile; that of the file if not given.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Profile to write, JSON.")]
 Workers = Annotated[list[str] | None, typer.Option("--worker", metavar="NAME", help="Only these; again for each.")]
@@ -38,15 +43,21 @@ Chunk = Annotated[int | None, typer.Option("--chunk-tokens", min=1, help="Of the
 
 @sim.app.command()
 def calibrate(
-    steps: StepFiles = None, table: TableFile = None, request_log: RequestFile = None, name: Name = None,
-    output: Output = None, worker: Workers = None, like: Like = None, gpus: Gpus = None, kv_tokens: KvTokens = None,
-    kv_bytes_per_token: KvBytes = None, link_bytes_per_s: Link = None, chunk_tokens: Chunk = None,
-    seed: Seed = 0, skip_bad: SkipBad = False, json_file: JsonFile = None,
+    steps: StepFiles = None, table: TableFile = None, request_log: RequestFile = None, client_log: ClientFile = None,
+    name: Name = None, output: Output = None, worker: Workers = None, like: Like = None, gpus: Gpus = None,
+    kv_tokens: KvTokens = None, kv_bytes_per_token: KvBytes = None, link_bytes_per_s: Link = None,
+    chunk_tokens: Chunk = None, seed: Seed = 0, skip_bad: SkipBad = False, json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """A profile from a live worker's step log (worker.step_log) or a measured table, for --profile FILE.
 
-    With the router's request log also what messages, transfers and the router itself take. Prints how good the fit is.
+    With the router's request log also what messages, transfers and the router itself take; with times of clients also
+    what is between them and it. Prints how good the fit is.
     """
+    from twinpool.sim.calibrate import Given, fit_steps, make_profile, write_profile
+    from twinpool.sim.calibrate_grid import measured_grids
+    from twinpool.sim.calibrate_logs import read_steps, read_table
+    from twinpool.sim.profiles import load_profile
+
     with reporting():
         screen = Screen(json_file)
         if bool(steps) == (table is not None):
@@ -57,22 +68,31 @@ def calibrate(
             screen.notices(measured.notices)
             done(1.0)
             found = fit_steps(measured)
+            tables = measured_grids(measured, found.cost, found.mean_error)
         one = next(iter(measured.workers.values()), None)
         chunk = chunk_tokens or (one.chunk_tokens if one is not None else 0) or CHUNK_TOKENS
-        edge = _edge(request_log, chunk, one, kv_bytes_per_token, skip_bad, screen)
-        screen.notices(list(found.notices))
-        figures = {"source": _source(measured), "fit": found.figures(), "edge": edge.figures() if edge else None}
+        edge = _edge((request_log, client_log), chunk, one, kv_bytes_per_token, skip_bad, screen)
+        screen.notices([*found.notices, *_of_tables(tables)])
+        figures = {"source": _source(measured), "fit": found.figures(), "edge": edge.figures() if edge else None,
+                   "tables_mean_error": tables[1] if tables else None}  # fmt: skip
         if not screen.only_json:
             show(found, edge, Console())
         if output is not None:
             given = Given(gpus, kv_tokens, kv_bytes_per_token, link_bytes_per_s)
             base = load_profile(like) if like is not None else None
-            profile = make_profile(name or output.stem, found, edge, one, base, given)
+            profile = make_profile(name or output.stem, found, edge, one, base, given, tables[0] if tables else None)
             write_profile(output, profile)
             figures["profile"] = msgspec.to_builtins(profile)
             if not screen.only_json:
                 typer.echo(f"{output}: use it with --profile {output}")
         screen.write(figures)
+
+
+def _of_tables(tables: tuple[Grids, float] | None) -> list[str]:
+    if tables is None:
+        return []
+    off = f"{tables[1]:.1%} off in the mean; beyond the largest step they go on straight"
+    return [f"the profile has tables of what was measured, in place of the formula: {off}"]
 
 
 def _there(path: Path | None) -> Path:
@@ -85,14 +105,27 @@ def _source(steps: Steps) -> dict[str, object]:
 
 
 def _edge(
-    path: Path | None, chunk: int, worker: StepWorker | None, kv_bytes: int | None, skip_bad: bool, screen: Screen
+    logs: tuple[Path | None, Path | None],
+    chunk: int,
+    worker: StepWorker | None,
+    kv_bytes: int | None,
+    skip_bad: bool,
+    screen: Screen,
 ) -> EdgeFound | None:
-    if path is None:
+    """From the router's log and the clients'."""
+    from twinpool.sim.calibrate_edge import measure_edge
+    from twinpool.sim.calibrate_logs import read_clients, read_requests
+
+    of_router, of_clients = logs
+    if of_router is None:
+        if of_clients is not None:
+            raise ConfigError("--client-log says nothing alone: give --request-log, the router's own, too")
         return None
-    requests, notices = read_requests(path, skip_bad=skip_bad)
-    screen.notices(notices)
+    requests, notices = read_requests(of_router, skip_bad=skip_bad)
+    clients, more = read_clients(of_clients, skip_bad=skip_bad) if of_clients is not None else ([], [])
+    screen.notices(notices + more)
     per_token = worker.block_bytes / worker.block_tokens if worker is not None else kv_bytes
-    return measure_edge(requests, chunk_tokens=chunk, kv_bytes_per_token=per_token)
+    return measure_edge(requests, chunk_tokens=chunk, kv_bytes_per_token=per_token, clients=clients)
 
 
 def show(found: CostFound, edge: EdgeFound | None, console: Console) -> None:
@@ -136,7 +169,8 @@ def _errors(found: CostFound) -> Table:
 
 def _overheads(edge: EdgeFound) -> Table:
     table = Table("figure", "median", "10 - 90 %", "requests", "", title="besides steps, from the request log")
-    names = {"latency_s": "message, one way", "edge_s": "router, a first token", "setup_s": "transfer, set-up"}
+    names = {"latency_s": "message, one way", "edge_s": "router, a first token", "outside_s": "of it, outside",
+             "setup_s": "transfer, set-up"}  # fmt: skip
     for key, name in names.items():
         figure = getattr(edge, key)
         if figure.value is None:

@@ -1,0 +1,140 @@
+"""A user of the cell: sends each request of a trace when it is due, and notes when every message comes.
+
+One process, one connection, all streams at once. So that its own work distorts little, requests are made before the
+run, answers are kept as they come and taken apart after it. Times are seconds of this process's monotonic clock.
+
+A token has come when the message with it was read. Where several tokens come in one message, their gaps are: for the
+first the time since the message before, for the others 0. That is what the simulator counts: a gap a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from array import array
+from collections.abc import AsyncIterable, Callable
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+import uvloop
+
+from twinpool.client import AsyncClient, request
+from twinpool.proto.twinpool.v1.inference_pb2 import Finished, GenerateEvent
+from twinpool.sim.trace import Trace
+
+METHOD = "/twinpool.v1.Inference/Generate"
+FIRST_ORDINARY = 256  # token ids below may be special
+Call = Callable[[bytes], AsyncIterable[bytes]]
+OPTIONS = [("grpc.enable_http_proxy", 0)]
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came of one request."""
+
+    due: float
+    sent: float = 0.0
+    times: array[float] = field(default_factory=lambda: array("d"))  # of each message
+    messages: list[bytes] = field(default_factory=list)
+    error: str = ""
+    # from here on: what ``open_answer`` found in the messages
+    tokens: array[int] = field(default_factory=lambda: array("q"))  # of each message; 0: it is no Tokens
+    last: Finished | None = None
+
+    @property
+    def ttft_s(self) -> float:
+        """From sending to the first token."""
+        return next(when for when, count in zip(self.times, self.tokens, strict=True) if count) - self.sent
+
+    @property
+    def outside_s(self) -> float:
+        """What of that is not in the router's own time to the first token: gRPC, both ways, and this client."""
+        return self.ttft_s - (self.last.timing.ttft_ms / 1e3 if self.last is not None else 0.0)
+
+    @property
+    def ended(self) -> float:
+        """When the stream was over."""
+        return self.times[-1]
+
+    def gaps(self) -> list[float]:
+        """One a token after the first."""
+        gaps: list[float] = []
+        before = -1.0
+        for when, count in zip(self.times, self.tokens, strict=True):
+            if count:
+                gaps += [when - before] if before >= 0.0 else []
+                gaps += [0.0] * (count - 1)
+                before = when
+        return gaps
+
+
+def requests_of(trace: Trace, vocab: int, seed: int) -> list[bytes]:
+    """One message a request: random token ids, so no two prompts begin alike, and just so many tokens out."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for prompt, output in zip(trace.prompt, trace.output, strict=True):
+        ids = rng.integers(FIRST_ORDINARY, vocab, prompt).tolist()
+        made.append(request(token_ids=ids, max_tokens=output, temperature=0.0, ignore_eos=True).SerializeToString())
+    return made
+
+
+def drive(address: str, trace: Trace, *, seed: int = 0) -> list[Answer]:
+    """Send the trace, wait for every answer; ``open_answer`` is for later. Failed requests have their error."""
+    return uvloop.run(_drive(address, trace, seed))
+
+
+def open_answer(answer: Answer) -> None:
+    """Take its messages apart, and check that positions follow each other."""
+    position = 0
+    for message in answer.messages:
+        event = GenerateEvent.FromString(message)
+        count = 0
+        if event.WhichOneof("event") == "tokens":
+            count = len(event.tokens.token_ids)
+            if count and event.tokens.position != position:
+                answer.error = f"position {event.tokens.position} came where {position} was due"
+            position += count
+        elif event.WhichOneof("event") == "finished":
+            answer.last = event.finished
+        answer.tokens.append(count)
+    answer.messages = []
+
+
+async def _drive(address: str, trace: Trace, seed: int) -> list[Answer]:
+    async with AsyncClient(address) as client:
+        vocab = (await client.model()).vocab_size
+    bodies = requests_of(trace, vocab, seed)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
+            call: Call = channel.unary_stream(METHOD, request_serializer=None, response_deserializer=None)
+            await channel.channel_ready()
+            return await _send_all(call, trace, bodies)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+async def _send_all(call: Call, trace: Trace, bodies: list[bytes]) -> list[Answer]:
+    began = time.monotonic() + 0.1
+    answers = [Answer(began + arrival - trace.arrival[0]) for arrival in trace.arrival]
+    async with asyncio.TaskGroup() as tasks:
+        for answer, body in zip(answers, bodies, strict=True):
+            await asyncio.sleep(max(0.0, answer.due - time.monotonic()))
+            tasks.create_task(_one(call, answer, body))
+    return answers
+
+
+async def _one(call: Call, answer: Answer, body: bytes) -> None:
+    answer.sent = time.monotonic()
+    times, messages = answer.times, answer.messages
+    try:
+        async for message in call(body):
+            times.append(time.monotonic())
+            messages.append(message)
+    except grpc.aio.AioRpcError as error:
+        answer.error = f"{error.code().name} {error.details()}"
