@@ -151,6 +151,7 @@ def compare(kind: Kind, options: argparse.Namespace, root: Path) -> Run:
     whole = _shortened(read_trace(options.trace)[0], kind.divide)
     root.mkdir(parents=True, exist_ok=True)
     speed = options.speed or _speed(kind, config, whole, root, options)
+    what = "as --speed says" if options.speed else kind.what
     wanted = traces.slice_time(traces.speed(whole, speed), 0.0, options.seconds)
     logs = Logs(root / "run")
     print(f"{len(wanted)} requests in {options.seconds:g} s, {speed:.3f} times the trace's speed", flush=True)
@@ -161,7 +162,7 @@ def compare(kind: Kind, options: argparse.Namespace, root: Path) -> Run:
     simulated = simulate(config, logs.profile, sent)
     (root / "answers.json").write_text(json.dumps([_kept(answer) for answer in answers]))
     table = figures.rows(figures.of_live(answers), figures.of_simulated(simulated), kind.allowed)
-    return Run(kind.name, options.trace.name, options.seconds, speed, kind.what, kind.divide, answers, simulated,
+    return Run(kind.name, options.trace.name, options.seconds, speed, what, kind.divide, answers, simulated,
                calibrated, table, logs.steps,
                json.loads(logs.cores.read_text(encoding="utf-8")), kind.cost, load,
                options.prefer or os.sched_getscheduler(0) != os.SCHED_OTHER)  # fmt: skip
