@@ -58,12 +58,12 @@ class LeastSeconds:
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
         """Earliest predicted first token over all candidates with room."""
         stairs = view.index.stairs(request.hashes) if request.hashes else []
-        in_time = request.late or request.first_at >= 0.0  # it is too late for that
+        anyway = request.late or request.first_at >= 0.0  # placed as soon as may be: no deadline to meet
         somebody = False
         split: Candidate | None = None
         if self.paths != "local":
             split, somebody = self._best_split(request, stairs, view, now)
-        if split is not None and not in_time and self._better_wait(request, stairs, split, view, now):
+        if split is not None and not anyway and self._better_wait(request, stairs, split, view, now):
             split = None
         local: Candidate | None = None
         if self.paths != "split":
@@ -74,7 +74,7 @@ class LeastSeconds:
         placement = None if split is None else self._split(request, split, view, now)
         if placement is not None or not somebody:
             return placement
-        return PASSED if in_time else self._judged(request, stairs, view, now)
+        return PASSED if anyway else self._judged(request, stairs, view, now)
 
     def _better_wait(self, request: Request, stairs: list[Stair], split: Candidate, view: View, now: float) -> bool:
         """Whether a busy worker will be earlier, for what it has cached; or the one with room is too late."""
@@ -90,26 +90,31 @@ class LeastSeconds:
 
     def _judged(self, request: Request, stairs: list[Stair], view: View, now: float) -> Refusal | Passed:
         """Not placed: whether it can still be in time, and what becomes of it if not."""
-        wait = work = math.inf  # until the first token: behind what is committed, and alone
+        wait = work = math.inf
         if self.paths != "local":
-            for worker in view.pool.prefill:
-                if worker.could_fit(request.length):
-                    seconds = self._prompt_s(worker, request, cached_tokens(worker, request.length, stairs))
-                    wait = min(wait, worker.free_at(now) - now + seconds)
-                    work = min(work, seconds)
+            wait, work = self._least(view.pool.prefill, request, request.length, stairs, now)
         if self.paths != "split" and now + wait > request.deadline:
             need = request.length + min(request.left, view.expected_output)
-            for worker in view.pool.decode:
-                if worker.could_fit(need):
-                    seconds = self._prompt_s(worker, request, cached_tokens(worker, request.length, stairs))
-                    wait = min(wait, worker.free_at(now) - now + seconds)
-                    work = min(work, seconds)
+            wait_local, work_local = self._least(view.pool.decode, request, need, stairs, now)
+            wait, work = min(wait, wait_local), min(work, work_local)
         late_s = now + wait - request.deadline
         if late_s <= 0.0:
             return PASSED
         if self.late == "serve" or request.arrival + work > request.deadline:
             return Passed(late_s)
         return Refusal(f"the first token would come {late_s:.1f} s too late: the cell is overloaded", late_s, "LATE")
+
+    def _least(
+        self, workers: list[Worker], request: Request, need: int, stairs: list[Stair], now: float
+    ) -> tuple[float, float]:
+        """Least seconds to the first token where ``need`` tokens could ever fit: after what is there, and alone."""
+        wait = work = math.inf
+        for worker in workers:
+            if worker.could_fit(need):
+                seconds = self._prompt_s(worker, request, cached_tokens(worker, request.length, stairs))
+                wait = min(wait, worker.free_at(now) - now + seconds)
+                work = min(work, seconds)
+        return wait, work
 
     def decode_for(self, request: Request, view: View, now: float) -> int:
         """Least max(ITL ratio, memory ratio) among workers where both stay in bounds; ties to the lower id."""
