@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from time import perf_counter
@@ -211,11 +210,6 @@ def result_of(loop: Loop, trace: Trace, settings: Settings) -> Result:
         {"ttft_ms": 1000 * settings.ttft_s, "ttft_factor": settings.ttft_factor, "itl_ms": 1000 * settings.itl_s},
         record.digest, settings=asdict(settings), refusals=record.reasons, compiled=FORM,
     )  # fmt: skip
-
-
-def _later(times: array[float], seconds: float) -> array[float]:
-    """What the edge adds to each time that came."""
-    return array("d", [at + seconds if at >= 0.0 else at for at in times]) if seconds else times
 
 
 def _all(settings: Settings) -> list[tuple[str, tuple[str, ...]]]:

@@ -3,7 +3,7 @@
 Where nothing decodes: ``chunk_tokens``. Else the most that keep the step within 0.9 of the tightest ITL SLO of the
 decoding sequences, and no more than that. Of several chunks each gets what the earlier ones leave: their tokens count
 as batch, the time of their attention is taken off. One block is always taken, or a slow worker would starve its
-prompts. Chunks end at block boundaries, but for the last of a prompt; nobody overtakes a prompt that is not done.
+prompts. Chunks end at block boundaries, but for the last of a prompt; a prompt waits for all committed before it.
 """
 
 from __future__ import annotations
