@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Final
+from typing import Final, NamedTuple
 
-from twinpool.cost import Cost
+from twinpool.cost import ITL_SHARE, Cost
 from twinpool.router.events import WorkerUp
 from twinpool.router.request import Bound, Request
 
@@ -18,6 +18,7 @@ PROBE_TOKENS: Final = 512  # by which two measurements of one device are compare
 PACE_WEIGHT: Final = 0.1  # of a new observation
 OUTLIER: Final = 4.0
 ROUNDING: Final = 1e-9  # seconds
+FAR_TOKENS: Final = 16384  # position in a prompt at which the seconds of a token are looked up a second time
 MEMORY_LIMIT: Final = 0.97  # share of a worker's KV tokens that may be booked
 
 
@@ -50,11 +51,20 @@ class Pace:
         return float(min(OUTLIER, max(1.0 / OUTLIER, pace * (ratio / pace) ** PACE_WEIGHT)))
 
 
+class Beside(NamedTuple):
+    """How prompts fare beside the decodes of a worker, in steps as full as their ITL allows."""
+
+    tokens: int  # in such a step, of a prompt's beginning
+    load_s: float  # of a step of the decodes alone
+    token_s: float  # seconds of prompt for a token at position 0
+    token_rise: float  # ... and how much more for each token before it: steps hold fewer, for their attention
+
+
 class Worker:
     """One worker. ``booked`` counts KV tokens promised to attempts, whatever the worker has allocated so far."""
 
     __slots__ = (
-        "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity", "chunk_tokens",
+        "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity", "chunk_tokens",
         "context", "cost", "decodes", "device", "draining", "full", "held", "id", "index_tokens", "itl_s", "limit",
         "max_batch", "name", "pace", "pending", "prefills", "roles", "since", "slos", "work_s",
     )  # fmt: skip
@@ -89,6 +99,7 @@ class Worker:
         self.since = 0.0  # when the first of ``prefills`` was last known to have ``seconds`` left
         self.itl_s: dict[int, float] = {}  # attempt -> SLO of a decoding sequence
         self.slos: dict[float, int] = {}  # how many of them have which
+        self._beside: dict[float, Beside] = {}  # ITL SLO -> ..., until other sequences decode here
 
     @property
     def batch(self) -> int:
@@ -107,6 +118,26 @@ class Worker:
         """Prompt tokens that a step beside the present decodes can take within ``seconds``."""
         seconds /= max(self.pace.prefill, self.pace.decode)
         return min(self.chunk_tokens, self.cost.largest_chunk(seconds, cached, self.batch, self.context))
+
+    def beside(self, itl_s: float) -> Beside:
+        """See ``Beside``; at least a block goes into a step."""
+        itl_s = self.tightest_itl(itl_s)
+        beside = self._beside.get(itl_s)
+        if beside is None:
+            step_s, load_s = ITL_SHARE * itl_s, self.decode_s(self.batch, self.context)
+            near = max(self.block_size, self.chunk_within(step_s, 0))
+            far = max(self.block_size, self.chunk_within(step_s, FAR_TOKENS))
+            step_s = max(step_s, load_s)
+            beside = Beside(near, load_s, step_s / near, step_s * (1.0 / far - 1.0 / near) / FAR_TOKENS)
+            self._beside[itl_s] = beside
+        return beside
+
+    def prompt_s(self, uncached: int, cached: int, itl_s: float) -> float:
+        """Predicted seconds of a prompt beside what decodes here, from the next step on."""
+        if not self.decodes:
+            return self.prefill_s(uncached, cached)
+        beside = self.beside(itl_s)
+        return beside.load_s + uncached * (beside.token_s + beside.token_rise * (cached + uncached / 2))
 
     def saw_prefill(self, uncached: int, cached: int, seconds: float) -> None:
         """A prompt that had the worker for itself took so long."""
@@ -198,6 +229,7 @@ class Worker:
         """A sequence decodes here, or will."""
         self.decodes[attempt] = context
         self.context += context
+        self._beside.clear()
         self.itl_s[attempt] = itl_s
         self.slos[itl_s] = self.slos.get(itl_s, 0) + 1
 
@@ -209,6 +241,7 @@ class Worker:
         context = self.decodes.pop(attempt, None)
         if context is not None:
             self.context -= context
+            self._beside.clear()
             self._drop_slo(self.itl_s.pop(attempt))
         self.end_prefill(attempt, now)
         self.full = False

@@ -40,6 +40,18 @@ class Candidate(NamedTuple):
     seconds: float
 
 
+class Outlook(NamedTuple):
+    """What the prefill workers promise a request: predicted times of its first token, infinity for never."""
+
+    split: Candidate | None  # the earliest of those with room now
+    soonest: float  # of those that are busy beyond the commit horizon
+    least: float  # of all that it could ever fit
+    somebody: bool  # one may take prompts now, though perhaps not this one
+
+
+NO_OUTLOOK: Final = Outlook(None, math.inf, math.inf, False)
+
+
 @mypyc_attr(allow_interpreted_subclasses=True)  # the built-in policy is what others start from
 class LeastSeconds:
     """See the module's docstring. ``paths``: "auto", or only "split" or "local".
@@ -59,62 +71,46 @@ class LeastSeconds:
         """Earliest predicted first token over all candidates with room."""
         stairs = view.index.stairs(request.hashes) if request.hashes else []
         anyway = request.late or request.first_at >= 0.0  # placed as soon as may be: no deadline to meet
-        somebody = False
-        split: Candidate | None = None
-        if self.paths != "local":
-            split, somebody = self._best_split(request, stairs, view, now)
-        if split is not None and not anyway and self._better_wait(request, stairs, split, view, now):
-            split = None
+        outlook = NO_OUTLOOK if self.paths == "local" else self._outlook(request, stairs, view, now)
+        split, somebody = outlook.split, outlook.somebody
+        if split is not None and not anyway and min(request.deadline, outlook.soonest) < split.finish:
+            split = None  # a busy worker will be earlier, for what it has cached; or the one with room is too late
         local: Candidate | None = None
         if self.paths != "split":
-            local, free = self._best_local(request, stairs, split, view, now)
+            local, free = self._best_local(request, stairs, outlook, view, now)
             somebody = somebody or free
-        if local is not None and self._prefer_local(request, stairs, split, local, view, now):
+        if local is not None and self._prefer_local(request, split, local, outlook.least, now):
             return self._local(local, split, now)
         placement = None if split is None else self._split(request, split, view, now)
         if placement is not None or not somebody:
             return placement
-        return PASSED if anyway else self._judged(request, stairs, view, now)
+        return PASSED if anyway else self._judged(request, stairs, outlook.least, view, now)
 
-    def _better_wait(self, request: Request, stairs: list[Stair], split: Candidate, view: View, now: float) -> bool:
-        """Whether a busy worker will be earlier, for what it has cached; or the one with room is too late."""
-        if split.finish > request.deadline:
-            return True
-        if not stairs:
-            return False
-        for worker in view.pool.prefill:
-            cached = cached_tokens(worker, request.length, stairs)
-            if cached > split.cached and worker.free_at(now) + self._prompt_s(worker, request, cached) < split.finish:
-                return True
-        return False
-
-    def _judged(self, request: Request, stairs: list[Stair], view: View, now: float) -> Refusal | Passed:
+    def _judged(self, request: Request, stairs: list[Stair], finish: float, view: View, now: float) -> Refusal | Passed:
         """Not placed: whether it can still be in time, and what becomes of it if not."""
-        wait = work = math.inf
-        if self.paths != "local":
-            wait, work = self._least(view.pool.prefill, request, request.length, stairs, now)
-        if self.paths != "split" and now + wait > request.deadline:
-            need = request.length + min(request.left, view.expected_output)
-            wait_local, work_local = self._least(view.pool.decode, request, need, stairs, now)
-            wait, work = min(wait, wait_local), min(work, work_local)
-        late_s = now + wait - request.deadline
+        if self.paths != "split" and finish > request.deadline:
+            for worker in self._could_serve(request, view.pool.decode, view):
+                finish = min(finish, worker.free_at(now) + self._prompt_s(worker, request, stairs))
+        late_s = finish - request.deadline
         if late_s <= 0.0:
             return PASSED
-        if self.late == "serve" or request.arrival + work > request.deadline:
+        if self.late == "serve" or request.arrival + self._alone_s(request, stairs, view) > request.deadline:
             return Passed(late_s)
         return Refusal(f"the first token would come {late_s:.1f} s too late: the cell is overloaded", late_s, "LATE")
 
-    def _least(
-        self, workers: list[Worker], request: Request, need: int, stairs: list[Stair], now: float
-    ) -> tuple[float, float]:
-        """Least seconds to the first token where ``need`` tokens could ever fit: after what is there, and alone."""
-        wait = work = math.inf
-        for worker in workers:
-            if worker.could_fit(need):
-                seconds = self._prompt_s(worker, request, cached_tokens(worker, request.length, stairs))
-                wait = min(wait, worker.free_at(now) - now + seconds)
-                work = min(work, seconds)
-        return wait, work
+    def _alone_s(self, request: Request, stairs: list[Stair], view: View) -> float:
+        """Least seconds to the first token anywhere if nobody else's prompt was there."""
+        workers: list[Worker] = []
+        if self.paths != "local":
+            workers += [worker for worker in view.pool.prefill if worker.could_fit(request.length)]
+        if self.paths != "split":
+            workers += self._could_serve(request, view.pool.decode, view)
+        return min([self._prompt_s(worker, request, stairs) for worker in workers], default=math.inf)
+
+    @staticmethod
+    def _could_serve(request: Request, workers: list[Worker], view: View) -> list[Worker]:
+        need = request.length + min(request.left, view.expected_output)
+        return [worker for worker in workers if worker.could_fit(need)]
 
     def decode_for(self, request: Request, view: View, now: float) -> int:
         """Least max(ITL ratio, memory ratio) among workers where both stay in bounds; ties to the lower id."""
@@ -145,104 +141,93 @@ class LeastSeconds:
 
     # --- prefill ----------
 
-    def _best_split(
-        self, request: Request, stairs: list[Stair], view: View, now: float
-    ) -> tuple[Candidate | None, bool]:
-        """The earliest of the prefill workers with room, and whether any may take a prompt at all."""
-        somebody = False
+    def _outlook(self, request: Request, stairs: list[Stair], view: View, now: float) -> Outlook:
+        """What the prefill workers promise."""
         if request.left > 1 and not view.pool.decode:
-            return None, somebody
+            return NO_OUTLOOK
         limit = now + self._horizon(view) + CLOCK_ERROR
         length = request.length
         best: Candidate | None = None
+        somebody = False
+        soonest = least = math.inf
         alike, seconds, known = -1, 0.0, None  # most workers are of one kind and have none of it cached
         for worker in view.pool.prefill:
-            free_at = worker.free_at(now)
-            if free_at > limit or worker.full:
-                continue
-            somebody = True
-            if worker.booked + length > worker.limit:
+            if length > worker.limit:
                 continue
             cached = cached_tokens(worker, length, stairs) if stairs else 0
             if worker.decodes:
-                seconds = self._prompt_s(worker, request, cached)
+                seconds = worker.prompt_s(length - cached, cached, request.itl_s)
                 known = None
             elif cached != alike or worker.pace is not known:
                 seconds = worker.prefill_s(length - cached, cached)
                 alike, known = cached, worker.pace
-            if best is None or free_at + seconds < best.finish:
-                best = Candidate(free_at + seconds, worker.id, cached, seconds)
-        return best, somebody
+            free_at = worker.free_at(now)
+            finish = free_at + seconds
+            if finish < least:
+                least = finish
+            if free_at > limit:
+                if finish < soonest:
+                    soonest = finish
+            elif not worker.full:
+                somebody = True
+                if worker.booked + length <= worker.limit and (best is None or finish < best.finish):
+                    best = Candidate(finish, worker.id, cached, seconds)
+        return Outlook(best, soonest, least, somebody)
 
     def _best_local(
-        self, request: Request, stairs: list[Stair], split: Candidate | None, view: View, now: float
+        self, request: Request, stairs: list[Stair], outlook: Outlook, view: View, now: float
     ) -> tuple[Candidate | None, bool]:
         """The earliest of the decode workers without prompt work, and whether there is any that may take some."""
         best: Candidate | None = None
         somebody = False
-        alike, earliest, known = -1, 0.0, None
+        length = request.length
+        need = length + min(request.left, view.expected_output)
+        split = outlook.split
+        bound = outlook.least if split is None else split.finish
+        alike, seconds, known = -1, 0.0, None
         for worker in view.pool.decode:
             if worker.prefills or worker.booked > LOCAL_MEMORY * worker.capacity:
                 continue
             somebody = True
-            if split is not None and worker.id != split.worker:
-                # Even alone, with no decodes beside it, the prompt must be earlier there than by the split.
-                cached = cached_tokens(worker, request.length, stairs) if stairs else 0
-                if cached != alike or worker.pace is not known:
-                    earliest = now + worker.prefill_s(request.length - cached, cached)
-                    alike, known = cached, worker.pace
-                if earliest >= split.finish:
-                    continue
-            candidate = self._local_candidate(worker, request, stairs, view, now)
-            if candidate is not None and (best is None or candidate < best):
+            if not worker.fits(need) or worker.batch >= worker.max_batch:
+                continue
+            cached = cached_tokens(worker, length, stairs) if stairs else 0
+            if cached != alike or worker.pace is not known:
+                seconds = worker.prefill_s(length - cached, cached)
+                alike, known = cached, worker.pace
+            # Even with the worker for itself the prompt must be earlier there than elsewhere.
+            if now + seconds >= bound and (split is None or worker.id != split.worker):
+                continue
+            candidate = self._local_candidate(worker, request, cached, seconds, now)
+            if candidate is not None and (best is None or candidate.finish < best.finish):
                 best = candidate
         return best, somebody
 
-    def _local_candidate(
-        self, worker: Worker, request: Request, stairs: list[Stair], view: View, now: float
-    ) -> Candidate | None:
-        """A decode worker without prompt work whose ITL budget leaves a useful chunk."""
-        need = request.length + min(request.left, view.expected_output)
-        if not worker.fits(need) or worker.batch >= worker.max_batch:
+    @staticmethod
+    def _local_candidate(worker: Worker, request: Request, cached: int, alone_s: float, now: float) -> Candidate | None:
+        """``alone_s``: seconds without decodes beside the prompt. None where they leave no useful chunk."""
+        if not worker.decodes:
+            return Candidate(now + alone_s, worker.id, cached, alone_s)
+        beside = worker.beside(request.itl_s)
+        if beside.tokens < MIN_LOCAL_CHUNK:
             return None
-        cached = cached_tokens(worker, request.length, stairs)
-        if worker.batch and self._chunk(worker, request, cached) < MIN_LOCAL_CHUNK:
-            return None
-        seconds = self._prompt_s(worker, request, cached)
-        running = worker.decode_s(worker.batch, worker.context) if worker.batch else 0.0
-        return Candidate(now + running / 2 + seconds, worker.id, cached, seconds)
+        seconds = worker.prompt_s(request.length - cached, cached, request.itl_s)
+        return Candidate(now + beside.load_s / 2 + seconds, worker.id, cached, seconds)
 
     @staticmethod
-    def _chunk(worker: Worker, request: Request, cached: int) -> int:
-        """Tokens that leave the decodes beside them within their ITL."""
-        return worker.chunk_within(ITL_SHARE * worker.tightest_itl(request.itl_s), cached)
-
-    def _prompt_s(self, worker: Worker, request: Request, cached: int) -> float:
-        """Prefill, beside what decodes there: a step of each chunk takes all that the ITL allows."""
-        left = request.length - cached
-        if worker.batch == 0:
-            return worker.prefill_s(left, cached)
-        chunk = max(worker.block_size, self._chunk(worker, request, cached))  # a block is always taken
-        budget = ITL_SHARE * worker.tightest_itl(request.itl_s)
-        return math.ceil(left / chunk) * budget + worker.cost.attention(left, cached)
+    def _prompt_s(worker: Worker, request: Request, stairs: list[Stair]) -> float:
+        cached = cached_tokens(worker, request.length, stairs)
+        return worker.prompt_s(request.length - cached, cached, request.itl_s)
 
     def _prefer_local(
-        self, request: Request, stairs: list[Stair], split: Candidate | None, local: Candidate, view: View, now: float
+        self, request: Request, split: Candidate | None, local: Candidate, least: float, now: float
     ) -> bool:
+        """``least``: the earliest finish at any prefill worker, busy ones included; infinity without one."""
         if split is None:
-            # No prefill worker has room now. One that will have room soon may still be earlier than going local.
-            busy = [worker for worker in view.pool.prefill if worker.could_fit(request.length)]
-            if self.paths == "local" or not busy:
-                return True
-            later = min([self._finish_later(worker, request, stairs, now) for worker in busy])
-            return local.finish < later and self._in_time(request, local, now)
+            return least == math.inf or (local.finish < least and self._in_time(request, local, now))
         if split.worker == local.worker:
             return local.finish <= split.finish
         return local.finish < split.finish and self._in_time(request, local, now)
-
-    def _finish_later(self, worker: Worker, request: Request, stairs: list[Stair], now: float) -> float:
-        cached = cached_tokens(worker, request.length, stairs)
-        return worker.free_at(now) + self._prompt_s(worker, request, cached)
 
     @staticmethod
     def _in_time(request: Request, local: Candidate, now: float) -> bool:
