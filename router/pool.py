@@ -64,8 +64,8 @@ class Worker:
     """One worker. ``booked`` counts KV tokens promised to attempts, whatever the worker has allocated so far."""
 
     __slots__ = (
-        "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity", "chunk_tokens",
-        "context", "cost", "decodes", "device", "draining", "full", "held", "id", "index_tokens", "itl_s", "limit",
+        "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity",
+        "chunk_tokens", "context", "cost", "decodes", "device", "draining", "full", "held", "id", "index_tokens", "itl_s", "limit",
         "max_batch", "name", "pace", "pending", "prefills", "roles", "since", "slos", "work_s",
     )  # fmt: skip
 
