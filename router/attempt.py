@@ -123,7 +123,8 @@ class Attempts:
         if event.done >= request.length and len(worker.prefills) == 1 and not worker.decodes:
             worker.saw_prefill(request.length - event.cached, event.cached, event.step_s)
         worker.progress(event.attempt, request.length - event.done, event.done, now)
-        self._state.room_changed = True
+        if event.done < request.length:  # else its first token, which makes room, is on the way
+            self._state.room_changed = True
 
     def blocks_ready(self, event: ev.BlocksReady, now: float) -> None:
         """Blocks may be pulled, as soon as there is room for them somewhere."""

@@ -38,6 +38,9 @@ class Core:
         self._short_since: dict[str, float] = {"prefill": 0.0, "decode": 0.0}  # since when a pool has been empty
         self._renew_at = math.inf
         self._room_at = math.inf  # when a worker is predicted to have room for the head of the queue
+        self._newcomer: Request | None = None  # all that changed is that it came
+        self._passed: Request | None = None  # the first in order that was passed over
+        self._blocked: Request | None = None  # whom nobody had room for: those behind it wait with it
         self.tick_bound = math.inf  # no Tick is wanted before
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             ev.Submit: self._submit, ev.Cancel: self._cancel, ev.Tick: self._tick,
@@ -75,7 +78,10 @@ class Core:
 
     def _use_room(self, now: float) -> None:
         state = self.state
-        passed: Request | None = None
+        newcomer, self._newcomer = self._newcomer, None
+        if newcomer is not None and len(state.queue) > 1 and not self.policy.early:
+            state.room_changed = False
+            self._place_newcomer(newcomer, now)
         while state.room_changed:
             state.room_changed = False
             if state.unhomed:
@@ -83,12 +89,26 @@ class Core:
             if self.policy.early:
                 self._send_bound(now)
             if state.queue.waiting:
-                passed = self._place_waiting(now)
+                self._passed = self._place_waiting(now)
         self._room_at = math.inf
         if state.queue.waiting:
             self._room_at = max(self.policy.next_room(state.view(), now), now + MIN_TICK_S)
+            passed = self._passed
             if passed is not None and now < passed.deadline < self._room_at:
                 self._room_at = passed.deadline  # from then on it is late
+
+    def _place_newcomer(self, request: Request, now: float) -> None:
+        """Who waited already found no worker, and none got more room since."""
+        state, blocked = self.state, self._blocked
+        if blocked is not None and (blocked.deadline, blocked.rid) < (request.deadline, request.rid):
+            return
+        answer = self._place(request, state.view(), now)
+        if not isinstance(answer, Passed):
+            return
+        if answer.late_s > 0.0:
+            state.queue.postpone(request, request.deadline + answer.late_s - now)
+        elif self._passed is None or request.deadline < self._passed.deadline:
+            self._passed = request
 
     # --- requests ----------
 
@@ -103,6 +123,7 @@ class Core:
             state.refuse(request, "INVALID_ARGUMENT", "KV_TOO_SMALL", problem, now)
         else:
             state.enqueue(request, now)
+            self._newcomer = request
             for moment in (request.give_up, request.queue_until):
                 state.wake_at(moment, request)
 
@@ -148,12 +169,14 @@ class Core:
         view = state.view()
         first: Request | None = None
         passed = 0
+        self._blocked = None
         for entry in state.queue.order():
             request = state.queue.valid(entry)
             if request is None:
                 continue
             answer = self._place(request, view, now)
             if answer is None or passed >= MAX_PASSED:
+                self._blocked = request
                 return first
             if isinstance(answer, Passed):
                 if answer.late_s > 0.0:

@@ -10,7 +10,7 @@ from twinpool.router import events as ev
 from twinpool.sim.memory import Memory
 from twinpool.sim.net import Net
 from twinpool.sim.sequence import GONE, Sequence
-from twinpool.workers.chunks import plan_chunks, put_in_order
+from twinpool.workers.chunks import blocks_to_announce, plan_chunks, put_in_order
 from twinpool.workers.sequence import BATCH_RANK
 
 NEWS_S: Final = 0.002  # a step that is off its prediction by more than both is news (workers/worker.py)
@@ -120,11 +120,9 @@ class Prompts:
         self.ready.clear()
 
     def announce(self, sequence: Sequence, now: float) -> None:
-        """Tell of blocks that are final and were not told of."""
-        computed, first = sequence.computed, sequence.announced
-        end = computed // self._size
-        if computed >= sequence.prompt_len and end * self._size < computed:
-            end += 1
+        """Tell of blocks that are final, as far as they are to be told of now."""
+        first = sequence.announced
+        end = blocks_to_announce(sequence.computed, sequence.prompt_len, first, self._size)
         count = end - first
         if count > 0:
             sequence.announced = end

@@ -1,9 +1,14 @@
-"""How many prompt tokens go into a step, and whose.
+"""How many prompt tokens go into a step, and whose; and when the blocks they filled are announced.
 
 Where nothing decodes: ``chunk_tokens``. Else the most that keep the step within 0.9 of the tightest ITL SLO of the
 decoding sequences, and no more than that. Of several chunks each gets what the earlier ones leave: their tokens count
 as batch, the time of their attention is taken off. One block is always taken, or a slow worker would starve its
 prompts. Chunks end at block boundaries, but for the last of a prompt; a prompt waits for all committed before it.
+
+Blocks are announced in parts that halve what is left: as soon as they hold as many tokens as are still to be computed,
+and at the end. What matters is that little is left to move when the first token is there. A part for each chunk would
+be several times the messages, for the workers and for their router, and move no byte later than half of the prompt's
+compute time earlier.
 """
 
 from __future__ import annotations
@@ -57,6 +62,18 @@ def plan_chunks(
         taken += count
         limit_s -= cost.attention(count, start)
     return counts
+
+
+def blocks_to_announce(computed: int, prompt_len: int, announced: int, block_size: int) -> int:
+    """Leading blocks to have been announced once ``computed`` tokens of a prompt are in KV; ``announced`` if no more.
+
+    The last block is announced when the prompt is done, full or not.
+    """
+    left = prompt_len - computed
+    if left <= 0:
+        return -(-computed // block_size)
+    full = computed // block_size
+    return full if (full - announced) * block_size >= left else announced
 
 
 def put_in_order(prompts: dict[int, P], attempt: int, prompt: P) -> None:

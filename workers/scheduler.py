@@ -21,7 +21,7 @@ from collections.abc import Sequence as Seq
 
 from twinpool.cost import ITL_SHARE, Cost
 from twinpool.workers.blocks import BlockPool, IntegrityError
-from twinpool.workers.chunks import plan_chunks, put_in_order
+from twinpool.workers.chunks import blocks_to_announce, plan_chunks, put_in_order
 from twinpool.workers.sequence import BATCH_RANK, Chunk, Holding, Load, Mode, Outcome, Ready, Sequence, Step
 
 __all__ = ["Chunk", "Holding", "Load", "Mode", "Outcome", "Ready", "Scheduler", "Sequence", "Step"]
@@ -184,13 +184,11 @@ class Scheduler:
         return outcome
 
     def announce(self, sequence: Sequence) -> Ready | None:
-        """Final blocks of a transferring sequence that were not announced yet; None where there are none."""
+        """Final blocks of a transferring sequence that are to be announced now; None where there are none."""
         if not sequence.transfer:
             return None
-        size = self.pool.block_size
-        complete = sequence.computed >= sequence.prompt_len
-        count = -(-sequence.computed // size) if complete else sequence.computed // size
         first = sequence.announced
+        count = blocks_to_announce(sequence.computed, sequence.prompt_len, first, self.pool.block_size)
         if count <= first:
             return None
         sequence.announced = count

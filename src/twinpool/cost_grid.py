@@ -29,6 +29,7 @@ from twinpool.errors import ConfigError
 
 DENSE_TOKENS: Final = 8192  # up to here W is a list by token; steps are rarely larger
 MAX_SUMS = 1 << 18  # sums of attention kept
+MAX_PREFILLS: Final = 1 << 12  # answers of ``prefill`` kept: a request that waits is looked at again and again
 NEWTON_ROUNDS: Final = 8  # at most, in largest_chunk
 FLAT: Final = 1e-12  # seconds a token
 START_TOKENS: Final = 64  # attention of a chunk so short is all start
@@ -53,7 +54,7 @@ class GridCost:
 
     __slots__ = (
         "_attention", "_batches", "_cached", "_columns", "_contexts", "_decode_s", "_dense", "_kept", "_last_chunk",
-        "_rows", "_starts", "_sums", "_tokens", "_work_s", "_work_slope", "_work_tokens",
+        "_prefills", "_rows", "_starts", "_sums", "_tokens", "_work_s", "_work_slope", "_work_tokens",
     )  # fmt: skip
 
     def __init__(self, grids: Grids) -> None:
@@ -77,6 +78,7 @@ class GridCost:
         self._rows: dict[int, DecodeRow] = {}
         self._sums: dict[int, list[float]] = {}
         self._kept = 0
+        self._prefills: dict[tuple[int, int, int], float] = {}
         self._last_chunk = 512
 
     def step(self, chunks: Iterable[tuple[int, int]], batch: int, context: int) -> float:
@@ -129,6 +131,15 @@ class GridCost:
         """T_p(u, c): seconds to compute ``uncached`` tokens after ``cached`` ones, alone, ``chunk`` tokens a step."""
         if uncached <= 0:
             return 0.0
+        key = (uncached, cached, chunk)
+        seconds = self._prefills.get(key, -1.0)
+        if seconds < 0.0:
+            if len(self._prefills) >= MAX_PREFILLS:
+                self._prefills.clear()
+            seconds = self._prefills[key] = self._prefill(uncached, cached, chunk)
+        return seconds
+
+    def _prefill(self, uncached: int, cached: int, chunk: int) -> float:
         full, rest = divmod(uncached, chunk)
         seconds = self._work(rest) + self._whole_attention(rest, cached + full * chunk) if rest else 0.0
         if full == 1:
@@ -152,25 +163,36 @@ class GridCost:
         load = self._reading(batch, context)
         start = self._start(cached) if tokens else 0.0
         row = bisect_right(self._cached, cached) - 1
+        dense, knots = self._dense, self._tokens
         low, high = 0, UNBOUNDED_CHUNK + 1
         guess = self._last_chunk
         rounds = 0
         while True:
-            p, q, r, s = self._attention[(bisect_right(self._tokens, guess) - 1) * self._columns + row]
+            cell = bisect_right(knots, guess)
+            p, q, r, s = self._attention[(cell - 1) * self._columns + row]
             attention = p + q * guess + (r + s * guess) * cached
-            work = self._work(guess + others)
+            at = guess + others
+            if at + 1 < DENSE_TOKENS:
+                work, next_work = dense[at], dense[at + 1]
+            else:
+                work, next_work = self._work(at), self._work(at + 1)
             over = work + load + (attention if attention > start else start) - seconds
             if over > 0.0:
                 high = guess
             else:
                 low = guess
+                more = guess + 1
+                if cell == len(knots) or more < knots[cell]:
+                    attention = p + q * more + (r + s * more) * cached
+                    if next_work + load + (attention if attention > start else start) > seconds:
+                        break
             if high - low <= 1:
                 break
             rounds += 1
             if rounds > NEWTON_ROUNDS:
                 guess = (low + high) // 2
                 continue
-            slope = self._work(guess + others + 1) - work + q + s * cached
+            slope = next_work - work + q + s * cached
             guess = guess - math.ceil(over / slope) if slope > FLAT else (low + high) // 2
             if guess <= low:
                 guess = low + 1

@@ -79,7 +79,7 @@ def test_a_stalled_and_a_dead_worker_are_not_busy() -> None:
     result, log = observe(traffic(), replace(SETTINGS, failures=failures))
     edges = np.array([0.0, 2.05, 20.0])
     assert log.shares(0, edges)[0] > 0.0
-    assert log.shares(0, edges)[1] == 0.0
+    assert log.shares(0, edges)[1] == pytest.approx(0.0, abs=1e-12)  # a difference of sums
     assert result.figures() == replay(traffic(), replace(SETTINGS, failures=failures)).figures()
 
 

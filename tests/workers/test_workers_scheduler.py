@@ -183,20 +183,31 @@ def test_finish_of_a_held_prompt_releases_it() -> None:
     assert everything_is_free(s)
 
 
-def test_blocks_are_announced_as_they_become_final() -> None:
+def test_blocks_are_announced_as_soon_as_they_are_half_of_what_is_left() -> None:
     s = scheduler(chunk_tokens=8)
     s.add(prompt(9, 8, text=7), 0.0)
     run(s)
-    sequence = prompt(1, 22, text=7, transfer=True)
+    sequence = prompt(1, 42, text=7, transfer=True)
+    s.add(sequence, 0.0)
+    assert s.announce(sequence) is None, "8 tokens are there, 34 are to come"
+    seen = []
+    while (step := s.plan(0.0)) is not None:
+        seen += [(sequence.computed, r.first, r.blocks) for r in s.done(step, 0.0).ready]
+        if sequence.computed == 24:
+            assert s.announce(sequence) is None, "announced already"
+    table = sequence.table  # the last block is half filled
+    assert seen == [(24, 0, table[:6]), (40, 6, table[6:10]), (42, 10, table[10:11])]
+
+
+def test_a_cached_prefix_is_announced_at_once_where_it_is_most_of_the_prompt() -> None:
+    s = scheduler(chunk_tokens=8)
+    s.add(prompt(9, 8, text=7), 0.0)
+    run(s)
+    sequence = prompt(1, 14, text=7, transfer=True)
     s.add(sequence, 0.0)
     ready = s.announce(sequence)
     assert ready is not None
     assert (ready.first, ready.blocks) == (0, sequence.table[:2])
-    assert s.announce(sequence) is None
-    seen = []
-    while (step := s.plan(0.0)) is not None:
-        seen += [(r.first, r.blocks) for r in s.done(step, 0.0).ready]
-    assert seen == [(2, sequence.table[2:4]), (4, sequence.table[4:6])]  # the last one is half filled
 
 
 def test_nothing_is_announced_where_nothing_moves() -> None:
