@@ -65,8 +65,8 @@ class Worker:
 
     __slots__ = (
         "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity",
-        "chunk_tokens", "context", "cost", "decodes", "device", "draining", "full", "held", "id", "index_tokens", "itl_s", "limit",
-        "max_batch", "name", "pace", "pending", "prefills", "roles", "since", "slos", "work_s",
+        "chunk_tokens", "context", "cost", "decodes", "device", "draining", "full", "held", "id", "index_tokens",
+        "itl_s", "limit", "max_batch", "name", "pace", "pending", "prefills", "roles", "since", "slos", "work_s",
     )  # fmt: skip
 
     def __init__(self, up: WorkerUp) -> None:
