@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE
 from twinpool.router import events as ev
 from twinpool.router.policy.base import Placement
@@ -36,7 +37,8 @@ class Attempts:
         uncached = request.length - placement.cached
         output = state.expected_output(request) if placement.local else 0
         worker.book(request.attempt, request.rid, request.length + output)
-        worker.commit_prefill(request.attempt, placement.seconds, uncached, placement.cached, now)
+        fills = request.rank >= BATCH_RANK
+        worker.commit_prefill(request.attempt, placement.seconds, uncached, placement.cached, now, fills)
         if placement.local:
             request.decode, request.decode_name = placement.prefill, worker.name
         elif placement.decode != NOBODY:
@@ -66,7 +68,8 @@ class Attempts:
     def _start_prefill(self, request: Request, now: float) -> None:
         request.phase = Phase.PREFILLING
         request.prefill_started_at = now
-        work = self._state.pool.workers[request.prefill].prefills[request.attempt]
+        worker = self._state.pool.workers[request.prefill]
+        work = worker.prefills.get(request.attempt) or worker.fills[request.attempt]
         self._state.actions.append(
             ev.SendPrefill(request.prefill, request, request.attempt, request.path == "local", request.wants_transfer,
                            work.cached)
@@ -120,7 +123,7 @@ class Attempts:
             request.cached = min(event.cached, request.prompt_len)
         request.compute_s = event.step_s
         worker = self._state.pool.workers[event.worker]
-        if event.done >= request.length and len(worker.prefills) == 1 and not worker.decodes:
+        if event.done >= request.length and len(worker.prefills) == 1 and not (worker.fills or worker.decodes):
             worker.saw_prefill(request.length - event.cached, event.cached, event.step_s)
         worker.progress(event.attempt, request.length - event.done, event.done, now)
         if event.done < request.length:  # else its first token, which makes room, is on the way
@@ -220,9 +223,9 @@ class Attempts:
         worker = state.pool.workers[request.decode]
         missing = request.blocks(worker.block_size) - request.held - request.verified
         step = worker.decode_s(max(1, worker.batch), worker.context)
-        if worker.prefills:  # chunks fill its steps
+        if worker.prefills or worker.fills:  # chunks fill its steps
             step = max(step, ITL_SHARE * worker.tightest_itl(request.itl_s))
-        steps = 2.0 if worker.batch > 1 or worker.prefills else 1.0
+        steps = 2.0 if worker.batch > 1 or worker.prefills or worker.fills else 1.0
         return missing * worker.block_bytes / state.bytes_per_s + steps * step
 
     def ended(self, event: ev.Ended, now: float) -> None:

@@ -13,7 +13,9 @@ from typing import Any, Final
 
 from mypy_extensions import mypyc_attr
 
+from twinpool.classes import BATCH_RANK
 from twinpool.router import events as ev
+from twinpool.router.admission import NO_RANK
 from twinpool.router.attempt import Attempts
 from twinpool.router.policy.base import NOBODY, Passed, Placement, Policy, Refusal, View
 from twinpool.router.pool import MEMORY_LIMIT, Worker
@@ -23,6 +25,7 @@ from twinpool.router.state import Limits, State
 UNLOADED_CHUNK: Final = 2048  # tokens a step of the prefill that the TTFT SLO is measured in
 RENEWALS_PER_LEASE: Final = 3
 MIN_TICK_S: Final = 0.001  # between two looks at a worker that is later than predicted
+FILL_BELOW: Final = 0.85  # of the prefill workers may compute prompts when one of the batch class is added
 MAX_PASSED: Final = 24  # requests, of those in order of deadline, that may be passed over
 HOPELESS = Refusal("fits no worker", 0.0)
 
@@ -79,7 +82,7 @@ class Core:
     def _use_room(self, now: float) -> None:
         state = self.state
         newcomer, self._newcomer = self._newcomer, None
-        if newcomer is not None and len(state.queue) > 1 and not self.policy.early:
+        if newcomer is not None and len(state.queue) > 1 and not self.policy.early and not state.queue.mixed:
             state.room_changed = False
             self._place_newcomer(newcomer, now)
         while state.room_changed:
@@ -164,13 +167,14 @@ class Core:
     # --- placing ----------
 
     def _place_waiting(self, now: float) -> Request | None:
-        """Those that can be in time, in order of deadline; then those that cannot. Returns the first passed over."""
+        """Those that can be in time, in order; then those that cannot. Returns the first passed over."""
         state = self.state
+        below = NO_RANK if state.pool.prefill_share < FILL_BELOW else BATCH_RANK
         view = state.view()
         first: Request | None = None
         passed = 0
         self._blocked = None
-        for entry in state.queue.order():
+        for entry in state.queue.order(below):
             request = state.queue.valid(entry)
             if request is None:
                 continue
@@ -184,6 +188,9 @@ class Core:
                     continue
                 first = first or request
                 passed += 1
+            elif state.queue.mixed:
+                state.room_changed = True  # shares moved: begin again
+                return first
         while (late := state.queue.late()) is not None:
             answer = self._place(late, view, now)
             if answer is None or isinstance(answer, Passed):
@@ -198,6 +205,8 @@ class Core:
         answer = self.policy.on_room(request, view, now)
         if isinstance(answer, Placement):
             state.queue.remove(request)
+            if request.charged_output < 0:
+                state.queue.charge(request, answer.seconds, answer.cached, state.expected_output(request))
             if self.policy.early:
                 state.bind(request, answer)
                 self._send_bound_of(state.pool.workers[answer.prefill], now)

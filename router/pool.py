@@ -65,8 +65,9 @@ class Worker:
 
     __slots__ = (
         "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity",
-        "chunk_tokens", "context", "cost", "decodes", "device", "draining", "full", "held", "id", "index_tokens",
-        "itl_s", "limit", "max_batch", "name", "pace", "pending", "prefills", "roles", "since", "slos", "work_s",
+        "chunk_tokens", "context", "cost", "decodes", "device", "draining", "fills", "full", "held", "id",
+        "index_tokens", "itl_s", "limit", "max_batch", "name", "pace", "pending", "prefills", "roles", "since",
+        "slos", "work_s",
     )  # fmt: skip
 
     def __init__(self, up: WorkerUp) -> None:
@@ -88,6 +89,7 @@ class Worker:
         self.full = False  # it said NoRoom: nothing new until it reports
         self.prefills: dict[int, Commitment] = {}  # attempt -> work, in commit order
         self.work_s = 0.0  # the sum of their seconds
+        self.fills: dict[int, Commitment] = {}  # of the batch class: prompts that give way to all others
         self.pending = 0  # uncached prompt tokens committed or bound here and not computed, by prediction
         self.bound_s = 0.0  # predicted prefill seconds of ``bound``
         self.bound: deque[Bound] = deque()  # placed here, not sent yet: no memory for it (early binding only)
@@ -170,16 +172,25 @@ class Worker:
             return self.since + self.work_s - horizon if rest <= horizon + ROUNDING else math.inf
         return math.inf
 
-    def commit_prefill(self, attempt: int, seconds: float, tokens: int, cached: int, now: float) -> None:
-        """Predicted work of one prompt joins the end of the line."""
+    def commit_prefill(
+        self, attempt: int, seconds: float, tokens: int, cached: int, now: float, fills: bool = False
+    ) -> None:
+        """Predicted work of one prompt joins the end of the line, or (``fills``) what is done beside the line."""
+        self.pending += tokens
+        if fills:
+            self.fills[attempt] = Commitment(seconds, tokens, cached)
+            return
         if not self.prefills:
             self.since = now
         self.prefills[attempt] = Commitment(seconds, tokens, cached)
         self.work_s += seconds
-        self.pending += tokens
 
     def progress(self, attempt: int, left: int, cached: int, now: float) -> None:
         """The worker reports ``left`` uncached tokens of a prompt."""
+        fill = self.fills.get(attempt)
+        if fill is not None:
+            self.pending += left - fill.tokens
+            fill.tokens = left
         work = self.prefills.get(attempt)
         if work is not None:
             self.pending += left - work.tokens
@@ -193,6 +204,9 @@ class Worker:
 
     def end_prefill(self, attempt: int, now: float) -> None:
         """The prompt is computed, or nobody wants it any more. Idempotent."""
+        fill = self.fills.pop(attempt, None)
+        if fill is not None:
+            self.pending -= fill.tokens
         work = self.prefills.get(attempt)
         if work is None:
             return
@@ -278,9 +292,10 @@ class Worker:
         assert self.booked == sum(self.held.values()), f"{self.name}: booked {self.booked} != {sum(self.held.values())}"
         assert self.context == sum(self.decodes.values()), f"{self.name}: context {self.context}"
         keys = set(self.attempts)
-        for table in (self.held, self.decodes, self.prefills, self.itl_s):
+        for table in (self.held, self.decodes, self.prefills, self.fills, self.itl_s):
             assert set(table) <= keys, f"{self.name}: {set(table) - keys} without an attempt"
-        tokens = sum(work.tokens for work in self.prefills.values()) + sum(bound.tokens for bound in self.bound)
+        works = [*self.prefills.values(), *self.fills.values()]
+        tokens = sum(work.tokens for work in works) + sum(bound.tokens for bound in self.bound)
         assert self.pending == tokens, f"{self.name}: {self.pending} tokens pending, {tokens} committed"
         seconds = sum(work.seconds for work in self.prefills.values())
         assert abs(self.work_s - seconds) < 1e-6, f"{self.name}: {self.work_s} s of work, {seconds} committed"
@@ -329,6 +344,12 @@ class Pool:
     def has(self, role: str) -> bool:
         """Whether any worker of that pool may take new work."""
         return bool(self.of(role))
+
+    @property
+    def prefill_share(self) -> float:
+        """Share of the prefill workers that have prompts to compute; 1 without any."""
+        busy = sum([1 for worker in self.prefill if worker.prefills or worker.fills])
+        return busy / len(self.prefill) if self.prefill else 1.0
 
     def largest(self, role: str) -> int:
         """KV tokens of the largest worker of a pool; 0 without one."""

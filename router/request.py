@@ -67,8 +67,8 @@ class Request:
     """State of one request in the core. Times in seconds of the driver's clock; a stamp of -1 did not happen."""
 
     __slots__ = (
-        "arrival", "attempt", "attempts", "backend", "bound_to", "cached", "compute_s", "deadline", "decode",
-        "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "finished_at", "first_at",
+        "arrival", "attempt", "attempts", "backend", "bound_to", "cached", "charged_output", "compute_s", "deadline",
+        "decode", "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "finished_at", "first_at",
         "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "late", "length", "losses", "max_tokens", "path",
         "phase", "placed_at", "prefill", "prefill_done", "prefill_name", "prefill_started_at", "prompt_len",
         "queue_until", "rank", "ready", "reason", "reserved", "reserved_at", "rid", "session", "shown",
@@ -120,6 +120,7 @@ class Request:
         self.kv_bytes = 0
         self.backend = ""
         self.cached = 0
+        self.charged_output = -1  # tokens that its tenant was charged for; -1: not served yet
         self.bound_to = NOBODY  # the worker in whose ``bound`` it waits
         self.begin_attempt(0)
 

@@ -172,6 +172,7 @@ class State:
         elif request.bound_to != NOBODY:
             self.unbind(request)
         self._drop_attempt(request, now, NOBODY)
+        self.queue.settle(request)
         del self.requests[request.rid]
 
     def _drop_attempt(self, request: Request, now: float, gone: int) -> None:

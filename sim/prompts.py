@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE, Cost
 from twinpool.router import events as ev
 from twinpool.sim.memory import Memory
 from twinpool.sim.net import Net
 from twinpool.sim.sequence import GONE, Sequence
 from twinpool.workers.chunks import blocks_to_announce, plan_chunks, put_in_order
-from twinpool.workers.sequence import BATCH_RANK
 
 NEWS_S: Final = 0.002  # a step that is off its prediction by more than both is news (workers/worker.py)
 NEWS_SHARE: Final = 0.02

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from time import perf_counter
 
+from twinpool.classes import RANKS
 from twinpool.cost import Cost
 from twinpool.errors import ConfigError
 from twinpool.router import core
@@ -86,20 +87,24 @@ def limits_of(settings: Settings) -> Limits:
 def requests_of(trace: Trace, settings: Settings) -> Callable[[int], Request]:
     """How to make the request of a row."""
     cap = settings.max_tokens or max(trace.output)
+    slos = {name: settings.slo_of(name) for name in set(trace.klass or ()) | {"realtime"}}
     output, prompt, hashes, offsets = trace.output, trace.prompt, trace.hashes, trace.offsets
     tenants, classes, sessions = trace.tenant, trace.klass, trace.session
     hashed = bool(trace.block_tokens)
 
     def make(i: int) -> Request:
+        klass = classes[i] if classes is not None else "realtime"
+        ttft_s, itl_s = slos[klass]
         return Request(
             i,
             prompt[i],
             max(cap, output[i]),
             hashes[offsets[i] : offsets[i + 1]].tolist() if hashed else [],
-            ttft_s=settings.ttft_s,
+            ttft_s=ttft_s,
             ttft_factor=settings.ttft_factor,
-            itl_s=settings.itl_s,
-            klass=classes[i] if classes is not None else "realtime",
+            itl_s=itl_s,
+            rank=RANKS.get(klass, 0),
+            klass=klass,
             tenant=tenants[i] if tenants is not None else "",
             session=sessions[i] if sessions is not None else "",
         )

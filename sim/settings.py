@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from twinpool.errors import ConfigError
 
+BATCH_TTFT_S = 3600.0
+BATCH_ITL_S = 5.0
 DEFAULT_PROFILE = "h100_sxm/llama-3.1-70b/tp4"
 
 
@@ -65,6 +67,17 @@ class Settings:
     def workers(self) -> int:
         """All of them."""
         return self.prefill + self.decode + self.both
+
+    def slo_of(self, klass: str) -> tuple[float, float]:
+        """Fixed part of the TTFT and ITL, in seconds, of requests of a class. Those not known are realtime.
+
+        ``streaming`` may take five times as long to begin and twice as long between tokens, ``batch`` has hours.
+        """
+        if klass == "streaming":
+            return 5 * self.ttft_s, 2 * self.itl_s
+        if klass == "batch":
+            return BATCH_TTFT_S, max(BATCH_ITL_S, self.itl_s)
+        return self.ttft_s, self.itl_s
 
     def names(self) -> list[str]:
         """Names of the workers, by id."""

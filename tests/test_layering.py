@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROUTER_PURE = ("core", "attempt", "state", "request", "events", "admission", "pool", "kv_index", "policy")
+ROUTER_PURE = ("core", "attempt", "state", "request", "events", "admission", "fair", "pool", "kv_index", "policy")
 WORKERS_PURE = ("scheduler", "blocks", "chunks", "eviction", "sequence")
 EVERYTHING = frozenset(
     {"shared", "proto", "kernels", "router-pure", "router", "workers-pure", "workers", "sim", "client", "top"}

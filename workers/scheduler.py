@@ -19,10 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Seq
 
+from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE, Cost
 from twinpool.workers.blocks import BlockPool, IntegrityError
 from twinpool.workers.chunks import blocks_to_announce, plan_chunks, put_in_order
-from twinpool.workers.sequence import BATCH_RANK, Chunk, Holding, Load, Mode, Outcome, Ready, Sequence, Step
+from twinpool.workers.sequence import Chunk, Holding, Load, Mode, Outcome, Ready, Sequence, Step
 
 __all__ = ["Chunk", "Holding", "Load", "Mode", "Outcome", "Ready", "Scheduler", "Sequence", "Step"]
 

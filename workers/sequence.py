@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
-
-BATCH_RANK: Final = 2
+from typing import NamedTuple
 
 
 class Mode(enum.IntEnum):

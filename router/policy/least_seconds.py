@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from mypy_extensions import mypyc_attr
 
+from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
 from twinpool.router.policy.base import NOBODY, Passed, Placement, Refusal, View, cached_tokens
@@ -147,6 +148,7 @@ class LeastSeconds:
             return NO_OUTLOOK
         limit = now + self._horizon(view) + CLOCK_ERROR
         length = request.length
+        fills = request.rank >= BATCH_RANK  # takes only what nobody else does
         best: Candidate | None = None
         somebody = False
         soonest = least = math.inf
@@ -165,7 +167,7 @@ class LeastSeconds:
             finish = free_at + seconds
             if finish < least:
                 least = finish
-            if free_at > limit:
+            if free_at > limit or (fills and (worker.prefills or worker.fills)):
                 if finish < soonest:
                     soonest = finish
             elif not worker.full:
@@ -186,7 +188,7 @@ class LeastSeconds:
         bound = outlook.least if split is None else split.finish
         alike, seconds, known = -1, 0.0, None
         for worker in view.pool.decode:
-            if worker.prefills or worker.booked > LOCAL_MEMORY * worker.capacity:
+            if worker.prefills or worker.fills or worker.booked > LOCAL_MEMORY * worker.capacity:
                 continue
             somebody = True
             if not worker.fits(need) or worker.batch >= worker.max_batch:

@@ -1,0 +1,120 @@
+"""Shares of tenants and classes: who was served less goes first, nobody saves anything up, batch fills what is left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.router.fake_worker import request_of
+
+from twinpool.classes import BATCH_RANK
+from twinpool.router.admission import QUANTUM, Queue
+from twinpool.router.fair import Shares
+from twinpool.router.request import Request
+from twinpool.sim.generate import generate
+from twinpool.sim.replay import replay
+from twinpool.sim.settings import Settings
+
+
+def waiting(rid: int, deadline: float, tenant: str = "", rank: int = 0) -> Request:
+    request = request_of(rid)
+    request.deadline, request.tenant, request.rank = deadline, tenant, rank
+    return request
+
+
+def order(queue: Queue, below: int = 99) -> list[int]:
+    found = [queue.valid(entry) for entry in queue.order(below)]
+    return [request.rid for request in found if request is not None]
+
+
+def test_who_comes_back_is_lifted_to_the_least_of_those_that_wait() -> None:
+    shares = Shares()
+    shares.came("a")
+    shares.charge("a", 100.0)
+    shares.came("b")
+    assert shares.had("b") == 100.0
+    shares.charge("a", 50.0)
+    shares.came("c")
+    assert shares.had("c") == 100.0
+    shares.left("a")
+    shares.came("a")
+    assert shares.had("a") == 150.0, "never lowered"
+
+
+def test_who_comes_into_an_empty_queue_is_lifted_to_who_left_it() -> None:
+    shares = Shares()
+    shares.came("a")
+    shares.charge("a", 100.0)
+    shares.left("a")
+    shares.came("b")
+    assert shares.had("b") == 100.0
+
+
+def test_a_tenant_far_ahead_comes_after_the_others_whatever_its_deadlines() -> None:
+    queue = Queue(10)
+    queue.push(waiting(1, 1.0, "greedy"))
+    queue.push(waiting(2, 2.0, "greedy"))
+    queue.push(waiting(3, 3.0, "modest"))
+    queue.push(waiting(4, 4.0, "other"))
+    assert order(queue) == [1, 2, 3, 4], "all had the same"
+    queue.charge(waiting(9, 0.0, "greedy"), 1.0, 0, round(QUANTUM))
+    assert queue.mixed
+    assert order(queue) == [3, 4, 1, 2]
+
+
+def test_output_that_did_not_come_is_given_back() -> None:
+    queue = Queue(10)
+    queue.push(waiting(1, 1.0, "a"))
+    queue.push(waiting(2, 2.0, "b"))
+    request = waiting(9, 0.0, "a")
+    queue.charge(request, 1.0, 0, round(QUANTUM))
+    assert order(queue) == [2, 1]
+    request.emitted = 1
+    queue.settle(request)
+    assert order(queue) == [1, 2]
+    queue.settle(waiting(8, 0.0, "a"))  # never served, never charged
+    assert order(queue) == [1, 2]
+
+
+def test_classes_share_by_weight() -> None:
+    queue = Queue(100)
+    for rid in range(60):
+        queue.push(waiting(rid, float(rid), rank=rid % 2))
+    served = [0, 0]
+    for _ in range(22):
+        request = queue.head()
+        assert request is not None
+        queue.remove(request)
+        queue.charge(request, 1.0, 0, 1)
+        served[request.rank] += 1
+    assert served == [16, 6], "8 : 3"
+
+
+def test_batch_can_be_left_out() -> None:
+    queue = Queue(10)
+    queue.push(waiting(1, 1.0, rank=BATCH_RANK))
+    assert order(queue) == [1]
+    assert order(queue, BATCH_RANK) == []
+    queue.push(waiting(2, 2.0))
+    assert order(queue, BATCH_RANK) == [2]
+    assert order(queue) == [2, 1] or order(queue) == [1, 2]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.floats(0, 100)), max_size=30))
+def test_everybody_is_in_the_order_once(what: list[tuple[str, int, float]]) -> None:
+    queue = Queue(100)
+    for rid, (tenant, rank, deadline) in enumerate(what):
+        queue.push(waiting(rid, deadline, tenant, rank))
+        queue.charge(waiting(1000 + rid, 0.0, tenant, rank), deadline, 0, round(100 * deadline))
+    assert sorted(order(queue)) == list(range(len(what)))
+    for rid in range(len(what)):
+        assert queue.remove(queue.waiting[rid])
+    assert order(queue) == []
+
+
+@pytest.mark.parametrize("greedy", [1, 10])
+def test_one_tenant_at_ten_times_its_share_costs_the_others_little(greedy: int) -> None:
+    trace = generate("chat", requests=400, rate=4.0, seed=3)
+    assert trace is not None
