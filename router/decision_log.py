@@ -2,7 +2,7 @@
 
 The file is ``MAGIC``, then records: one ``Header``, a ``Turn`` for each call of ``Core.on``, and an ``End`` where the
 router closed it. A record is its length, its CRC-32 (both little-endian uint32) and that many bytes of MessagePack. Of
-requests there are counts, block hashes and the names of tenant and session; never text nor token ids.
+requests there are counts, block hashes and the names of request, tenant and session; never text nor token ids.
 
 Records are made on the loop, some microseconds each, and written by a thread. When the disk fails, or falls behind by
 ``MAX_BACKLOG``, the rest of the log is given up with one warning: requests never wait for it. ``decision_replay.py``
@@ -37,7 +37,7 @@ from twinpool.router.state import Limits
 
 log = logging.getLogger("twinpool.router")
 
-MAGIC = b"twinpool decisions 1\n"  # the number is the format's version
+MAGIC = b"twinpool decisions 2\n"  # the number is the format's version
 MAX_RECORD = 16 << 20  # bytes
 MAX_BACKLOG = 32 << 20  # bytes that wait for the disk
 MAX_WRITE = 1 << 20  # bytes at once, or one record
@@ -174,6 +174,7 @@ class Turn(msgspec.Struct, frozen=True, tag=2, array_like=True, forbid_unknown_f
     now: float  # seconds of the driver's clock
     event: StoredEvent
     said: list[Row]
+    id: str = ""  # of a Submit: what its user calls the request
 
 
 class End(msgspec.Struct, frozen=True, tag=3, array_like=True, forbid_unknown_fields=True):
@@ -213,23 +214,30 @@ class DecisionLog:
         self._added = len(first)  # bytes; the loop's
         self._written = 0  # bytes; the thread's
         self._turns = 0
+        self._id = ""  # of the next Submit
         self._over = False
         self._giving_up = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decision-log", daemon=True)
         self._thread.start()
 
+    def name(self, request_id: str) -> None:
+        """What the user calls the request of the next Submit."""
+        self._id = request_id
+
     def decide(self, event: ev.Event, now: float) -> list[ev.Action]:
         """What ``core.on`` answers, or raises; either is recorded."""
         if self._over:
             return self._core.on(event, now)
-        row = event_row(event)
+        row, request_id = event_row(event), ""
+        if isinstance(event, ev.Submit):
+            request_id, self._id = self._id, ""
         try:
             actions = self._core.on(event, now)
         except Exception as error:
-            self._keep(Turn(now, row, raised(error)))
+            self._keep(Turn(now, row, raised(error), request_id))
             raise
-        self._keep(Turn(now, row, said(self._core, actions)))
+        self._keep(Turn(now, row, said(self._core, actions), request_id))
         return actions
 
     def _keep(self, turn: Turn) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -33,7 +33,9 @@ from twinpool.router.decision_log import (
 )
 from twinpool.router.policy.base import Policy
 from twinpool.router.policy.registry import make_policy
+from twinpool.router.state import Limits
 
+MakeCore = Callable[[Policy, Limits], Core]
 _decode = msgspec.msgpack.Decoder(Record).decode
 
 
@@ -61,15 +63,22 @@ def replay_decisions(path: Path, policy: Policy | None = None) -> Difference | N
     records = read_decisions(path)
     header = next(records)
     assert isinstance(header, Header)
-    core = _fresh_core(header, policy, path)
+    core = fresh_core(header, path, policy)
     for number, turn in enumerate(records, 1):
         assert isinstance(turn, Turn)
-        event = event_of(turn.event)
-        name = type(event).__name__
-        replayed = _effect(core, event, turn.now)
-        if encode(replayed) != encode(turn.said):
-            return Difference(number, turn.now, name, turn.said, replayed)
+        difference = feed(core, turn, number)
+        if difference is not None:
+            return difference
     return None
+
+
+def feed(core: Core, turn: Turn, number: int) -> Difference | None:
+    """Give a core the next event of a log; what it did otherwise. ``number``: of the event, from 1."""
+    event = event_of(turn.event)
+    replayed = _effect(core, event, turn.now)
+    if encode(replayed) == encode(turn.said):
+        return None
+    return Difference(number, turn.now, type(event).__name__, turn.said, replayed)
 
 
 def _effect(core: Core, event: ev.Event, now: float) -> list[Row]:
@@ -79,12 +88,13 @@ def _effect(core: Core, event: ev.Event, now: float) -> list[Row]:
         return raised(error)
 
 
-def _fresh_core(header: Header, policy: Policy | None, path: Path) -> Core:
+def fresh_core(header: Header, path: Path, policy: Policy | None = None, make: MakeCore = Core) -> Core:
+    """A core that has heard nothing, as the log's was. Raises ConfigError; see ``replay_decisions`` for ``policy``."""
     if policy is None:
         if ":" in header.policy:
             raise ConfigError(f"{path} was written with the policy {header.policy}: hand a fresh one of it over")
         policy = make_policy(header.policy, header.parameters)
-    core = Core(policy, header.limits)
+    core = make(policy, header.limits)
     core.state.next_attempt = header.first_attempt
     return core
 

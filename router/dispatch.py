@@ -45,10 +45,15 @@ class Dispatcher:
         transfer_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
         decide: Callable[[ev.Event, float], list[ev.Action]] | None = None,
+        name: Callable[[str], None] | None = None,
     ) -> None:
-        """``ranks``: class name -> rank, 0 = most urgent. ``decide``: in place of ``core.on``, see decision_log.py."""
+        """``ranks``: class name -> rank, 0 = most urgent.
+
+        ``decide``: in place of ``core.on``, and ``name``: is told the id of each request before; see decision_log.py.
+        """
         self.core = core
         self._decide = decide or core.on
+        self._name = name
         self.roster = roster
         self.router = uuid.uuid4().hex
         self._ranks = ranks
@@ -95,6 +100,8 @@ class Dispatcher:
         self._flows[rid] = flow
         self._by_key[submission.request_id] = rid
         request = self._request(rid, submission, now)
+        if self._name is not None:
+            self._name(submission.request_id)
         self._on(ev.Submit(request))
         if flow.stream.error is not None:
             raise flow.stream.error  # at once: a caller may try elsewhere only before it has heard anything

@@ -111,6 +111,7 @@ def _cell(config: ClusterConfig, core: Core, requests: RequestLog, decisions: De
         ranks={name: rank for rank, name in enumerate(config.scheduling.classes)},
         transfer_timeout_s=config.transfer.timeout_ms / 1000,
         decide=decisions.decide if decisions is not None else None,
+        name=decisions.name if decisions is not None else None,
     )
 
 

@@ -71,6 +71,7 @@ class Cluster:
 
 
 MakeWorker = Callable[[Cluster, int, Loop], SimWorker]
+MakeCore = Callable[[Policy, Limits], Core]
 
 
 def _block_size(settings: Settings, trace: Trace) -> int:
@@ -126,11 +127,11 @@ def arrivals_of(trace: Trace, settings: Settings) -> Arrivals:
 
 def build(
     trace: Trace, settings: Settings, policy: Policy | None = None, watch: Watch | None = None,
-    make_worker: MakeWorker = Cluster.worker,
+    make_worker: MakeWorker = Cluster.worker, make_core: MakeCore | None = None,
 ) -> Loop:  # fmt: skip
     """A cluster that is up, and its trace, before the first arrival."""
     cluster = Cluster(settings, trace)
-    core = Core(policy or make_policy(settings.policy, settings.parameters), limits_of(settings))
+    core = (make_core or Core)(policy or make_policy(settings.policy, settings.parameters), limits_of(settings))
     loop = Loop(core, arrivals_of(trace, settings), trace.output, cluster.links, latency_s=settings.latency_s,
                 setup_s=settings.setup_s, max_queue_s=settings.max_queue_s, watch=watch)  # fmt: skip
     for number, roles in enumerate(settings.roles()):

@@ -12,10 +12,12 @@ from twinpool.cli import (  # noqa: F401  # they add their commands to sim's
     cluster,
     configs,
     demo,
+    explain,
     generate,
     process,
     sim,
     sim_calibrate,
+    sim_explain,
     sim_report,
     sim_search,
     status,
@@ -51,6 +53,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
 app.command("status")(status.status)
+app.command("explain")(explain.explain)
 app.add_typer(configs.app, name="config")
 app.add_typer(sim.app, name="sim")
 app.add_typer(trace.app, name="trace")
