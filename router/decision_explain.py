@@ -115,7 +115,7 @@ def _known(found: Contents, path: Path, request_id: str) -> str:
     own = [name for name in found.places if name.startswith(f"{request_id}#")]
     names = own or list(found.places)
     if not names:
-        return "it has none yet"
+        return f"it has none{': ' * bool(found.problem)}{found.problem}"
     more = f" and {len(names) - SHOWN_IDS} more" if len(names) > SHOWN_IDS else ""
     older = Path(f"{path}.old")
     hint = f". An earlier start of the router: --log {older}" if older.is_file() else ""

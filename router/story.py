@@ -112,7 +112,7 @@ class Story:
     def figures(self) -> dict[str, Any]:
         """All of it as plain values for JSON; None for what did not happen, and for infinity."""
         figures: dict[str, Any] = _plain(asdict(self))
-        return figures | {"itl_s": None if self.itl_s < 0.0 else self.itl_s}
+        return figures | {"class": figures.pop("klass"), "itl_s": None if self.itl_s < 0.0 else self.itl_s}
 
 
 def _plain(value: Any) -> Any:
