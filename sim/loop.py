@@ -234,7 +234,7 @@ class Loop:
 
     def _arrive(self, rid: int, now: float) -> None:
         request = self.arrivals.make(rid)
-        request.queue_until = now + self.max_queue_s
+        request.queue_until = now + max(self.max_queue_s, request.ttft_s)
         self.decide(ev.Submit(request), now)
 
     def decide(self, event: ev.Event, now: float) -> None:

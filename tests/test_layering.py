@@ -16,14 +16,10 @@ from typing import NamedTuple
 
 import pytest
 
-<<<<<<< HEAD
-ROUTER_PURE = ("core", "attempt", "state", "request", "events", "admission", "fair", "pool", "kv_index", "policy")
-=======
 ROUTER_PURE = (
-    *("core", "attempt", "state", "request", "events", "admission", "pool", "kv_index", "policy"),
+    *("core", "attempt", "state", "request", "events", "admission", "fair", "pool", "kv_index", "policy"),
     *("story", "witness"),
 )
->>>>>>> 580a06b (explain: why a request went where it went, from a decision log or a simulated run)
 WORKERS_PURE = ("scheduler", "blocks", "chunks", "eviction", "sequence")
 EVERYTHING = frozenset(
     {"shared", "proto", "kernels", "router-pure", "router", "workers-pure", "workers", "sim", "client", "top"}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.router.fake_worker import request_of
@@ -13,9 +13,9 @@ from twinpool.classes import BATCH_RANK
 from twinpool.router.admission import QUANTUM, Queue
 from twinpool.router.fair import Shares
 from twinpool.router.request import Request
-from twinpool.sim.generate import generate
 from twinpool.sim.replay import replay
 from twinpool.sim.settings import Settings
+from twinpool.sim.trace import Trace
 
 
 def waiting(rid: int, deadline: float, tenant: str = "", rank: int = 0) -> Request:
@@ -114,7 +114,38 @@ def test_everybody_is_in_the_order_once(what: list[tuple[str, int, float]]) -> N
     assert order(queue) == []
 
 
-@pytest.mark.parametrize("greedy", [1, 10])
-def test_one_tenant_at_ten_times_its_share_costs_the_others_little(greedy: int) -> None:
-    trace = generate("chat", requests=400, rate=4.0, seed=3)
-    assert trace is not None
+def traffic(greedy: int) -> Trace:
+    """Ten tenants in turn at well under what 1 + 1 workers can do; one of them sends everything so many times."""
+    rows = [i for i in range(400) for _ in range(greedy if i % 10 == 0 else 1)]
+    n = len(rows)
+    return Trace(
+        "tenants", 0, array("d", [0.065 * i for i in rows]), array("q", [1500] * n), array("q", [20] * n), array("q"),
+        array("q", bytes(8 * (n + 1))), tenant=[f"t{i % 10}" for i in rows],
+    )  # fmt: skip
+
+
+def test_one_tenant_at_ten_times_its_share_costs_the_others_little() -> None:
+    settings = Settings(prefill=1, decode=1, parameters={"late": "refuse"})
+    calm, crowded = (replay(traffic(greedy), settings).summary() for greedy in (1, 10))
+    assert calm["attainment"] > 0.99
+    shares = crowded["attainment_by_tenant"]
+    assert min(share for tenant, share in shares.items() if tenant != "t0") > 0.97
+    blind = replay(replace(traffic(10), tenant=None), settings).columns.attained()
+    others = [met for met, tenant in zip(blind, traffic(10).tenant or [], strict=True) if tenant != "t0"]
+    assert sum(others) / len(others) < 0.98, "without shares they would have felt it"
+
+
+def test_batch_fills_what_is_left() -> None:
+    trace = traffic(1)
+    realtime = replay(trace, Settings(prefill=1, decode=1))
+    both = replace(
+        trace,
+        arrival=array("d", [when for when in trace.arrival for _ in range(3)]),
+        prompt=array("q", [1500] * 1200), output=array("q", [20] * 1200), offsets=array("q", bytes(8 * 1201)),
+        tenant=None, klass=[name for _ in range(400) for name in ("realtime", "batch", "batch")],
+    )  # fmt: skip
+    filled = replay(both, Settings(prefill=1, decode=1))
+    attained = filled.columns.attained()
+    assert filled.summary()["completed"] == 1200
+    assert sum(attained[::3]) >= 0.99 * realtime.columns.attained().sum()
+    assert sum(attained[1::3]) + sum(attained[2::3]) == 800, "batch has hours"
