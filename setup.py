@@ -20,7 +20,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, LinkError
 
 COMPILED = [  # below src/twinpool
-    *(f"router/{name}" for name in ("admission", "attempt", "core", "events", "kv_index", "pool", "request", "state")),
+    *(f"router/{name}" for name in ("admission", "attempt", "core", "events", "fair", "kv_index", "pool", "request")),
+    "router/state",
     *(f"router/policy/{name}" for name in ("base", "least_seconds")),
     *(f"sim/{name}" for name in ("decode", "links", "loop", "members", "memory", "prompts", "record", "seats")),
     *(f"sim/{name}" for name in ("sequence", "steps", "worker")),
