@@ -22,7 +22,8 @@ from twinpool.cost import StepCost
 from twinpool.errors import ConfigError, EngineError
 from twinpool.workers.engine.base import ModelInfo, Row, Sampled, SampleState
 
-SLOT = np.dtype([("token", "<u4"), ("position", "<u4")])
+SLOT = np.dtype("<u8")  # token, and position in the upper half
+POSITION_BITS = 32
 EOS_EVERY = 512  # mean length of outputs that may end by themselves
 FIRST_ORDINARY = 256  # ids below may be special
 
@@ -59,6 +60,42 @@ def _sleep(until: float) -> None:
     time.sleep(max(0.0, until - time.monotonic()))
 
 
+def _stand_ins(tokens: Sequence[int], start: int) -> npt.NDArray[np.uint64]:
+    """What a block has for ``tokens`` at positions ``start``.. ."""
+    positions = np.arange(start, start + len(tokens), dtype=np.uint64)
+    return np.asarray(tokens, dtype=np.uint64) | positions << np.uint64(POSITION_BITS)
+
+
+class _Expected:
+    """What one sequence's blocks should hold. Kept from step to step: both lists grow at their end, almost always."""
+
+    __slots__ = ("_blocks", "_count", "_stand_ins", "_table")
+
+    def __init__(self) -> None:
+        self._stand_ins = np.empty(0, dtype=SLOT)
+        self._count = 0
+        self._table: list[int] = []
+        self._blocks = np.empty(0, dtype=np.int64)
+
+    def stand_ins(self, tokens: Sequence[int], end: int) -> npt.NDArray[np.uint64]:
+        """Those of ``tokens[:end]``, of a list that only grows."""
+        if end > len(self._stand_ins):
+            room = np.empty(2 * end, dtype=SLOT)
+            room[: self._count] = self._stand_ins[: self._count]
+            self._stand_ins = room
+        if end > self._count:
+            self._stand_ins[self._count : end] = _stand_ins(tokens[self._count : end], self._count)
+            self._count = end
+        return self._stand_ins[:end]
+
+    def blocks(self, table: Sequence[int], count: int) -> npt.NDArray[np.int64]:
+        """``table[:count]`` as an array. A block of it may be replaced by an equal one at any time."""
+        if table != self._table:
+            self._table = list(table)
+            self._blocks = np.asarray(table, dtype=np.int64)
+        return self._blocks[:count]
+
+
 class EmulatedEngine:
     """See the module's docstring. ``pool`` is uint8 [blocks, block_bytes]; a step lasts ``cost.step(...) / speed``."""
 
@@ -77,7 +114,7 @@ class EmulatedEngine:
         self._speed = speed
         self._clock = clock
         self._sleep_until: SleepUntil = sleep_until or ThreadSleeper()
-        self._slots: npt.NDArray[np.void] = pool.numpy().view(SLOT)[:, : info.block_size]
+        self._slots: npt.NDArray[np.uint64] = pool.numpy().view(SLOT)[:, : info.block_size]
 
     async def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
         """See ``Engine``."""
@@ -101,25 +138,27 @@ class EmulatedEngine:
             self._sleep_until.close()
 
     def _compute(self, row: Row) -> Sampled | None:
-        positions = np.arange(row.start, row.start + len(row.tokens), dtype=np.uint32)
-        table = np.asarray(row.table, dtype=np.int64)
         size = self.info.block_size
-        blocks, offsets = table[positions // size], positions % size
-        self._slots["token"][blocks, offsets] = np.asarray(row.tokens, dtype=np.uint32)
-        self._slots["position"][blocks, offsets] = positions
+        if len(row.tokens) == 1:  # a decode: no need of arrays
+            self._slots[row.table[row.start // size], row.start % size] = row.tokens[0] | row.start << POSITION_BITS
+        else:
+            positions = np.arange(row.start, row.start + len(row.tokens))
+            table = np.asarray(row.table, dtype=np.int64)
+            self._slots[table[positions // size], positions % size] = _stand_ins(row.tokens, row.start)
         if row.sample is None:
             return None
-        self._verify(row, table)
+        self._verify(row, row.sample)
         return Sampled(self._draw(row.sample))
 
-    def _verify(self, row: Row, table: npt.NDArray[np.int64]) -> None:
+    def _verify(self, row: Row, sample: SampleState) -> None:
         """All stand-ins up to the row's end are what the sequence says."""
         end = row.start + len(row.tokens)
-        assert row.sample is not None
-        slots = self._slots[table[: -(-end // self.info.block_size)]].reshape(-1)[:end]
-        tokens = np.asarray(row.sample.tokens[:end], dtype=np.uint32)
-        wrong = (slots["token"] != tokens) | (slots["position"] != np.arange(end, dtype=np.uint32))
-        if wrong.any():
+        expected = sample.cache.get("expected")
+        if not isinstance(expected, _Expected):
+            expected = sample.cache["expected"] = _Expected()
+        slots = self._slots[expected.blocks(row.table, -(-end // self.info.block_size))]
+        wrong = slots.reshape(-1)[:end] != expected.stand_ins(sample.tokens, end)
+        if np.count_nonzero(wrong):
             where = int(wrong.argmax())
             raise EngineError(f"KV at position {where} of {end} is not this sequence's", reason="WRONG_KV")
 
