@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from twinpool.sampling import SamplingParams, TokenLogprob
 
@@ -44,8 +44,7 @@ class Submission:
     trace: str = ""  # W3C traceparent
 
 
-@dataclass(frozen=True, slots=True)
-class TokensOut:
+class TokensOut(NamedTuple):
     """Tokens of the output from ``position`` on; joined from several steps when the reader was slow."""
 
     position: int

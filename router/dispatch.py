@@ -184,9 +184,13 @@ class Dispatcher:
 
     def _on(self, event: ev.Event) -> None:
         now = self._clock()
+        self._take(event, now)
+        self._arm(now)
+
+    def _take(self, event: ev.Event, now: float) -> None:
+        """All of ``_on`` but the timer, for several events at once."""
         for action in self._decide(event, now):
             self._performer.perform(action)
-        self._arm(now)
 
     def _arm(self, now: float) -> None:
         when = self.core.next_tick()
@@ -300,13 +304,14 @@ class Dispatcher:
             raise ValueError("the columns of Tokens differ in length")
         if frame.step:
             link.send(frames.Ack(step=frame.step))
-        start = 0
-        for i, attempt in enumerate(attempts):
-            logprobs = frame.logprobs[i] if frame.logprobs else ()
-            self._token_row(link, attempt, positions[i], ids[start : start + counts[i]], frame.texts[i], logprobs)
-            start += counts[i]
+        now, start, none = self._clock(), 0, [()] * len(attempts)
+        rows = zip(attempts, positions, counts, frame.texts, frame.logprobs or none, strict=True)
+        for attempt, position, count, text, logprobs in rows:
+            self._token_row(link, attempt, position, ids[start : start + count], text, logprobs, now)
+            start += count
         for end in frame.ends:
-            self._end_row(link, end)
+            self._end_row(link, end, now)
+        self._arm(now)
 
     def _token_row(
         self,
@@ -316,6 +321,7 @@ class Dispatcher:
         ids: array[int],
         text: str,
         logprobs: tuple[TokenLogprob, ...],
+        now: float,
     ) -> None:
         request = self.core.state.attempt_of(link.id, attempt)
         if request is None:
@@ -325,17 +331,17 @@ class Dispatcher:
             reason = f"token at position {position} where {len(flow.output)} was due"
             log.error("worker %s: %s", link.name, reason)
             link.send(frames.Cancel(attempt=attempt))
-            self._on(ev.AttemptLost(link.id, attempt, reason, True))
+            self._take(ev.AttemptLost(link.id, attempt, reason, True), now)
             return
-        flow.add(ids, text, logprobs, self._clock())
-        self._on(ev.Emitted(link.id, attempt, len(ids)))
+        flow.add(ids, text, logprobs, now)
+        self._take(ev.Emitted(link.id, attempt, len(ids)), now)
 
-    def _end_row(self, link: WorkerLink, end: frames.End) -> None:
+    def _end_row(self, link: WorkerLink, end: frames.End, now: float) -> None:
         request = self.core.state.attempt_of(link.id, end.attempt)
         if request is not None:
             flow = self._flows[request.rid]
             flow.stop, flow.last_text = end.stop, end.text
-            self._on(ev.Ended(link.id, end.attempt, end.reason))
+            self._take(ev.Ended(link.id, end.attempt, end.reason), now)
 
 
 def _hashes(column: bytes) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from twinpool.errors import TwinpoolError
 from twinpool.router.cell import FinishedOut, TokensOut
@@ -16,36 +16,47 @@ from twinpool.sampling import TokenLogprob
 
 
 class OutStream:
-    """Implements ``cell.Stream``: filled by the dispatcher, drained by one reader."""
+    """Implements ``cell.Stream``: filled by the dispatcher, drained by one reader.
+
+    It passes every token, so it is its own iterator and wakes its reader by a bare future.
+    """
+
+    __slots__ = (
+        "_cancel", "_end", "_ids", "_logprobs", "_loop", "_over", "_position", "_shown", "_text", "_waiter",
+    )  # fmt: skip
 
     def __init__(self, first_position: int, cancel: Callable[[], None]) -> None:
         self._position = first_position
         self._ids = array("I")
-        self._texts: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
+        self._text = ""
+        self._logprobs: tuple[TokenLogprob, ...] = ()
         self._shown = False
         self._end: FinishedOut | TwinpoolError | None = None
-        self._wake = asyncio.Event()
+        self._over = False  # the reader has the end
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
         self._cancel = cancel
 
     def push(self, ids: array[int], text: str, logprobs: tuple[TokenLogprob, ...]) -> None:
-        """Add tokens; they are kept until :meth:`show` was called once."""
-        self._ids.extend(ids)
-        self._texts.append(text)
-        self._logprobs.extend(logprobs)
+        """Add tokens; they are kept until :meth:`show` was called once. ``ids`` is the stream's from now on."""
+        if self._ids:
+            self._ids.extend(ids)
+            self._text += text
+            self._logprobs += logprobs
+        else:
+            self._ids, self._text, self._logprobs = ids, text, logprobs
         if self._shown:
-            self._wake.set()
+            self._wake()
 
     def show(self) -> None:
         """Tokens may leave."""
         self._shown = True
-        self._wake.set()
+        self._wake()
 
     def finish(self, end: FinishedOut | TwinpoolError) -> None:
         """Nothing comes after this."""
         self._end = end
-        self._shown = True
-        self._wake.set()
+        self.show()
 
     @property
     def error(self) -> TwinpoolError | None:
@@ -57,22 +68,32 @@ class OutStream:
         if self._end is None:
             self._cancel()
 
-    async def __aiter__(self) -> AsyncIterator[TokensOut | FinishedOut]:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            if self._ids:
-                yield self._take()
-            if self._end is not None and not self._ids:
-                if isinstance(self._end, TwinpoolError):
-                    raise self._end
-                yield self._end
-                return
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():  # else the reader was cancelled
+                waiter.set_result(None)
+
+    def __aiter__(self) -> OutStream:
+        return self
+
+    async def __anext__(self) -> TokensOut | FinishedOut:
+        while not (self._shown and (self._ids or self._end is not None)):
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        if self._ids:
+            return self._take()
+        if self._over:
+            raise StopAsyncIteration
+        self._over = True
+        if isinstance(self._end, TwinpoolError):
+            raise self._end
+        assert self._end is not None
+        return self._end
 
     def _take(self) -> TokensOut:
-        out = TokensOut(self._position, self._ids, "".join(self._texts), tuple(self._logprobs))
+        out = TokensOut(self._position, self._ids, self._text, self._logprobs)
         self._position += len(self._ids)
-        self._ids, self._texts, self._logprobs = array("I"), [], []
-        if self._end is not None:
-            self._wake.set()
+        self._ids, self._text, self._logprobs = array("I"), "", ()
         return out

@@ -28,6 +28,21 @@ class Output(NamedTuple):
     out: Out
 
 
+class _Only:
+    """The output of a call of one sequence. No generator: every token passes here."""
+
+    __slots__ = ("_reads",)
+
+    def __init__(self, stream: Stream) -> None:
+        self._reads = aiter(stream)
+
+    def __aiter__(self) -> _Only:
+        return self
+
+    async def __anext__(self) -> Output:
+        return Output(0, await anext(self._reads))
+
+
 class Call:
     """One running request; ``Calls.start`` makes it. Use it as a context manager and iterate ``outputs()`` once."""
 
@@ -52,16 +67,12 @@ class Call:
 
     def outputs(self) -> AsyncIterator[Output]:
         """What the sequences put out, each in order, until all have finished. Raises the first error of any."""
-        return self._single() if len(self.order.submissions) == 1 else self._merged()
+        return _Only(self._streams[0]) if len(self.order.submissions) == 1 else self._merged()
 
     def cancel(self) -> bool:
         """Stop all sequences; the reader gets Cancelled. False when nothing runs any more."""
         stopped = [self._cell.cancel(submission.request_id) for submission in self.order.submissions]
         return any(stopped)
-
-    async def _single(self) -> AsyncIterator[Output]:
-        async for out in self._streams[0]:
-            yield Output(0, out)
 
     async def _merged(self) -> AsyncIterator[Output]:
         iterators = [aiter(self._streams[0])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from twinpool.chat import Message
@@ -166,22 +166,26 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._calls = calls
         self._metrics = metrics
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateEvent]:
-        """One Accepted, Tokens as they come (one message when not streaming), one Finished a sequence."""
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
+        """One Accepted, Tokens as they come (one message when not streaming), one Finished a sequence.
+
+        Writes by itself: a generator would cost every token a way through it.
+        """
         with self._calls.refusals():
             caller = caller_of(context.invocation_metadata(), context.time_remaining())
             order = await self._intake.order(ask_of(request), caller)
             call = self._calls.start(order)
+        write = context.write
         with call:
-            yield accepted(order)
+            await write(accepted(order))
             whole = [Gathered() for _ in order.submissions]
             async for index, out in call.outputs():
                 if isinstance(out, FinishedOut):
                     self._ended(call, index, out, context)
                     for event in _last(index, out, None if order.stream else whole[index]):
-                        yield event
+                        await write(event)
                 elif order.stream:
-                    yield tokens(index, out)
+                    await write(tokens(index, out))
                 else:
                     whole[index].add(out)
 
