@@ -9,6 +9,7 @@ plausible token. A token is a pure function of the prompt and its own position, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,15 +50,24 @@ class ThreadSleeper:
     async def __call__(self, until: float) -> None:
         """Return at ``until`` on the monotonic clock."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, _sleep, until)
+        woken: asyncio.Future[None] = loop.create_future()
+        self._thread.submit(_sleep, until, loop, woken)  # not run_in_executor: its chain of futures costs a step 20 us
+        await woken
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _sleep(until: float) -> None:
+def _sleep(until: float, loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None]) -> None:
     time.sleep(max(0.0, until - time.monotonic()))
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        loop.call_soon_threadsafe(_wake, woken)
+
+
+def _wake(woken: asyncio.Future[None]) -> None:
+    if not woken.done():  # else the worker was cancelled
+        woken.set_result(None)
 
 
 def _stand_ins(tokens: Sequence[int], start: int) -> npt.NDArray[np.uint64]:
@@ -83,9 +93,12 @@ class _Expected:
             room = np.empty(2 * end, dtype=SLOT)
             room[: self._count] = self._stand_ins[: self._count]
             self._stand_ins = room
-        if end > self._count:
-            self._stand_ins[self._count : end] = _stand_ins(tokens[self._count : end], self._count)
-            self._count = end
+        first = self._count
+        if end == first + 1:  # a decode: no need of arrays
+            self._stand_ins[first] = tokens[first] | first << POSITION_BITS
+        elif end > first:
+            self._stand_ins[first:end] = _stand_ins(tokens[first:end], first)
+        self._count = max(first, end)
         return self._stand_ins[:end]
 
     def blocks(self, table: Sequence[int], count: int) -> npt.NDArray[np.int64]:
