@@ -39,13 +39,25 @@ class _ByteStream:
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._bytes_of = tokenizer.token_bytes
         self._skipped = skipped
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._partial = False  # the decoder holds the beginning of a character
 
     def feed(self, token_id: int) -> str:
-        return "" if token_id in self._skipped else self._decode(self._bytes_of(token_id))
+        if token_id in self._skipped:
+            return ""
+        piece = self._bytes_of(token_id)
+        if not self._partial:
+            try:
+                return piece.decode()  # whole characters, as nearly always: no need of the decoder
+            except UnicodeDecodeError:
+                pass
+        text = self._decoder.decode(piece)
+        self._partial = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        self._partial = False
+        return self._decoder.decode(b"", True)
 
 
 class _Window(NamedTuple):
