@@ -17,13 +17,21 @@ MAX_TOKENS = 4096  # of several sequences in one frame: with 20 logprobs each th
 
 
 class _Row:
-    __slots__ = ("ids", "logprobs", "position", "texts")
+    """Tokens of one sequence, nearly always one."""
 
-    def __init__(self, position: int) -> None:
+    __slots__ = ("ids", "logprobs", "position", "text")
+
+    def __init__(self, position: int, token: int, text: str, logprob: TokenLogprob | None) -> None:
         self.position = position
-        self.ids = array("I")
-        self.texts: list[str] = []
-        self.logprobs: list[TokenLogprob] = []
+        self.ids = [token]
+        self.text = text
+        self.logprobs = [] if logprob is None else [logprob]
+
+    def add(self, token: int, text: str, logprob: TokenLogprob | None) -> None:
+        self.ids.append(token)
+        self.text += text
+        if logprob is not None:
+            self.logprobs.append(logprob)
 
 
 class TokenOutbox:
@@ -40,11 +48,9 @@ class TokenOutbox:
         """One token of one sequence; ``position`` counts its output tokens from 0."""
         row = self._rows.get(attempt)
         if row is None:
-            row = self._rows[attempt] = _Row(position)
-        row.ids.append(token)
-        row.texts.append(text)
-        if logprob is not None:
-            row.logprobs.append(logprob)
+            self._rows[attempt] = _Row(position, token, text, logprob)
+        else:
+            row.add(token, text, logprob)
 
     def end(self, end: frames.End) -> None:
         """The sequence ends with the tokens added so far."""
@@ -77,6 +83,9 @@ class TokenOutbox:
 
     def _take(self) -> dict[int, _Row]:
         """Takes out the oldest rows, of ``MAX_TOKENS`` together or one that is longer."""
+        if sum([len(row.ids) for row in self._rows.values()]) <= MAX_TOKENS:
+            every, self._rows = self._rows, {}
+            return every
         taken: dict[int, _Row] = {}
         tokens = 0
         for attempt, row in self._rows.items():
@@ -91,19 +100,18 @@ class TokenOutbox:
     def _send_rows(self, taken: dict[int, _Row], step_s: float) -> None:
         self._step += 1
         rows = taken.values()
-        ends = tuple(end for end in self._ends if end.attempt in taken)
-        self._ends = [end for end in self._ends if end.attempt not in taken]
-        ids = array("I")
-        for row in rows:
-            ids.extend(row.ids)
+        ends: tuple[frames.End, ...] = ()
+        if self._ends:
+            ends = tuple(end for end in self._ends if end.attempt in taken)
+            self._ends = [end for end in self._ends if end.attempt not in taken]
         any_logprobs = any(row.logprobs for row in rows)
         self._send(
             frames.Tokens(
                 attempts=token_bytes(array("I", taken)),
                 positions=token_bytes(array("I", [row.position for row in rows])),
                 counts=token_bytes(array("I", [len(row.ids) for row in rows])),
-                ids=token_bytes(ids),
-                texts=tuple("".join(row.texts) for row in rows),
+                ids=token_bytes(array("I", [token for row in rows for token in row.ids])),
+                texts=tuple([row.text for row in rows]),
                 logprobs=tuple(tuple(row.logprobs) for row in rows) if any_logprobs else (),
                 ends=ends,
                 step=self._step,
