@@ -1,7 +1,8 @@
 """A user of the cell: sends each request of a trace when it is due, and notes when every message comes.
 
-One process, one connection, all streams at once. So that its own work distorts little, requests are made before the
-run, answers are kept as they come and taken apart after it. Times are seconds of this process's monotonic clock.
+One process, one connection (wire.py), all streams at once. So that its own work distorts little, requests are made
+before the run, answers are kept as they come and taken apart after it. Times are seconds of this process's monotonic
+clock.
 
 A token has come when the message with it was read. Where several tokens come in one message, their gaps are: for the
 first the time since the message before, for the others 0. That is what the simulator counts: a gap a token.
@@ -13,12 +14,11 @@ import asyncio
 import gc
 import time
 from array import array
-from collections.abc import AsyncIterable, Callable
 from dataclasses import dataclass, field
 
-import grpc
 import numpy as np
 import uvloop
+from wire import Connection, Incoming
 
 from twinpool.client import AsyncClient, request
 from twinpool.proto.twinpool.v1.inference_pb2 import Finished, GenerateEvent
@@ -26,8 +26,7 @@ from twinpool.sim.trace import Trace
 
 METHOD = "/twinpool.v1.Inference/Generate"
 FIRST_ORDINARY = 256  # token ids below may be special
-Call = Callable[[bytes], AsyncIterable[bytes]]
-OPTIONS = [("grpc.enable_http_proxy", 0)]
+READY_S = 10.0  # for the router to say its first word
 
 
 @dataclass(slots=True)
@@ -36,10 +35,10 @@ class Answer:
 
     due: float
     sent: float = 0.0
-    times: array[float] = field(default_factory=lambda: array("d"))  # of each message
-    messages: list[bytes] = field(default_factory=list)
+    incoming: Incoming = field(default_factory=Incoming)
+    # from here on: what ``open_answer`` found in it
     error: str = ""
-    # from here on: what ``open_answer`` found in the messages
+    times: array[float] = field(default_factory=lambda: array("d"))  # of each message
     tokens: array[int] = field(default_factory=lambda: array("q"))  # of each message; 0: it is no Tokens
     last: Finished | None = None
 
@@ -81,14 +80,14 @@ def requests_of(trace: Trace, vocab: int, seed: int) -> list[bytes]:
 
 
 def drive(address: str, trace: Trace, *, seed: int = 0) -> list[Answer]:
-    """Send the trace, wait for every answer; ``open_answer`` is for later. Failed requests have their error."""
+    """Send the trace, wait for every answer; ``open_answer`` is for later. Raises ConnectionError without a router."""
     return uvloop.run(_drive(address, trace, seed))
 
 
 def open_answer(answer: Answer) -> None:
-    """Take its messages apart, and check that positions follow each other."""
+    """Take its messages apart, check that positions follow each other and that there is an end."""
     position = 0
-    for message in answer.messages:
+    for when, message in answer.incoming.messages():
         event = GenerateEvent.FromString(message)
         count = 0
         if event.WhichOneof("event") == "tokens":
@@ -98,43 +97,38 @@ def open_answer(answer: Answer) -> None:
             position += count
         elif event.WhichOneof("event") == "finished":
             answer.last = event.finished
+        answer.times.append(when)
         answer.tokens.append(count)
-    answer.messages = []
+    if answer.last is None:
+        answer.error = answer.incoming.error or f"ended without Finished: {answer.incoming.trailers}"
+    answer.incoming = Incoming()
 
 
 async def _drive(address: str, trace: Trace, seed: int) -> list[Answer]:
     async with AsyncClient(address) as client:
         vocab = (await client.model()).vocab_size
     bodies = requests_of(trace, vocab, seed)
+    host, _, port = address.rpartition(":")
+    loop = asyncio.get_running_loop()
+    _, connection = await loop.create_connection(lambda: Connection(address, METHOD), host, int(port))
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
-        async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
-            call: Call = channel.unary_stream(METHOD, request_serializer=None, response_deserializer=None)
-            await channel.channel_ready()
-            return await _send_all(call, trace, bodies)
+        await asyncio.wait_for(connection.ready.wait(), READY_S)
+        return await _send_all(connection, trace, bodies)
     finally:
+        connection.close()
         gc.enable()
         gc.unfreeze()
 
 
-async def _send_all(call: Call, trace: Trace, bodies: list[bytes]) -> list[Answer]:
+async def _send_all(connection: Connection, trace: Trace, bodies: list[bytes]) -> list[Answer]:
     began = time.monotonic() + 0.1
     answers = [Answer(began + arrival - trace.arrival[0]) for arrival in trace.arrival]
-    async with asyncio.TaskGroup() as tasks:
-        for answer, body in zip(answers, bodies, strict=True):
-            await asyncio.sleep(max(0.0, answer.due - time.monotonic()))
-            tasks.create_task(_one(call, answer, body))
+    for answer, body in zip(answers, bodies, strict=True):
+        await asyncio.sleep(max(0.0, answer.due - time.monotonic()))
+        answer.sent = time.monotonic()
+        answer.incoming = connection.send(body)
+    await connection.idle.wait()
     return answers
-
-
-async def _one(call: Call, answer: Answer, body: bytes) -> None:
-    answer.sent = time.monotonic()
-    times, messages = answer.times, answer.messages
-    try:
-        async for message in call(body):
-            times.append(time.monotonic())
-            messages.append(message)
-    except grpc.aio.AioRpcError as error:
-        answer.error = f"{error.code().name} {error.details()}"
