@@ -23,8 +23,8 @@ COMPILED = [  # below src/twinpool
     *(f"router/{name}" for name in ("admission", "attempt", "core", "events", "fair", "kv_index", "pool", "request")),
     "router/state",
     *(f"router/policy/{name}" for name in ("base", "least_seconds")),
-    *(f"sim/{name}" for name in ("decode", "links", "loop", "members", "memory", "prompts", "record", "seats")),
-    *(f"sim/{name}" for name in ("sequence", "steps", "worker")),
+    *(f"sim/{name}" for name in ("decode", "kv_feed", "links", "loop", "members", "memory", "prompts", "record")),
+    *(f"sim/{name}" for name in ("seats", "sequence", "steps", "worker")),
     *(f"workers/{name}" for name in ("chunks", "eviction")),
     "cost_grid",
 ]

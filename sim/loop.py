@@ -18,6 +18,7 @@ from twinpool.router import events as ev
 from twinpool.router.core import Core
 from twinpool.router.request import Phase, Request
 from twinpool.sim.gaps import Runs
+from twinpool.sim.kv_feed import KvFeed, KvFrame
 from twinpool.sim.links import Links
 from twinpool.sim.record import Recorder
 from twinpool.sim.result import COMPLETED, REFUSED
@@ -27,6 +28,9 @@ WAKE: Final = 0
 PULLED: Final = 1
 ARRIVE: Final = 2
 CALL: Final = 3
+KV_LEAVES: Final = 4
+KV_COMES: Final = 5
+KV_ASKED: Final = 6
 # Numbers of actions in the digest. Leases never run out here, so renewals are left out.
 NUMBERS: dict[type, int] = {
     ev.SendReserve: 1, ev.SendPrefill: 2, ev.SendPull: 3, ev.SendDecode: 4, ev.SendRelease: 5, ev.SendCancel: 6,
@@ -59,13 +63,15 @@ class Arrivals:
 
 
 class Loop:
-    """See the module's docstring. ``latency_s``: one way between router and workers; ``setup_s``: of each transfer."""
+    """See the module's docstring. ``latency_s``: one way between router and workers; ``setup_s``: of each transfer.
+
+    ``work``: see ``Net``. News of prefix caches are ``kv_delay_s`` late and, with a ``feed``, some are lost.
+    """
 
     __slots__ = (
-        "arrivals", "core", "done", "down", "heap", "kv_news", "latency_s", "links", "lives", "max_queue_s", "missed",
-        "now",
-        "outputs", "record", "run_of", "runs", "seq", "setup_s", "spare_misses", "tick", "up", "wakes", "watch",
-        "workers",
+        "arrivals", "core", "done", "down", "feed", "heap", "kv_latency_s", "kv_news", "latency_s", "links", "lives",
+        "max_queue_s", "missed", "now", "outputs", "record", "run_of", "runs", "seq", "setup_s", "spare_misses", "tick",
+        "up", "wakes", "watch", "work", "workers",
     )  # fmt: skip
 
     def __init__(
@@ -79,10 +85,16 @@ class Loop:
         setup_s: float,
         max_queue_s: float = math.inf,
         watch: Callable[[int, float], None] | None = None,
+        work: Sequence[float] = (),
+        kv_delay_s: float = 0.0,
+        feed: KvFeed | None = None,
     ) -> None:
         self.core = core
         self.arrivals = arrivals
         self.outputs = outputs
+        self.work = work
+        self.feed = feed
+        self.kv_latency_s = latency_s + kv_delay_s
         self.links = links
         self.latency_s = latency_s
         self.setup_s = setup_s
@@ -132,7 +144,11 @@ class Loop:
 
     def kv(self, worker: int, stored: list[int], removed: list[int], due: float) -> None:
         """Changes of a prefix cache; the core hears of them before its first event after they could have come."""
-        self.kv_news.append((due + self.latency_s, ev.KvChanged(worker, stored, removed, False)))
+        event = ev.KvChanged(worker, stored, removed, False)
+        if self.feed is None:
+            self.kv_news.append((due + self.kv_latency_s, event))
+        else:
+            self.push(due, KV_LEAVES, worker, KvFrame(self.run_of[worker], event))
 
     def span(self, request: Request, worker: int, low: int, high: int) -> None:
         """Tokens of a request that came with the gaps of runs ``low`` to ``high - 1``."""
@@ -142,6 +158,10 @@ class Loop:
 
     def add_worker(self, worker: SimWorker, up: ev.WorkerUp) -> None:
         """A worker comes, or comes back."""
+        if up.worker in self.lives:  # what is under way of its former life nobody wants
+            news = [each for each in self.kv_news if each[1].worker != up.worker]
+            self.kv_news.clear()
+            self.kv_news.extend(news)
         self.workers[up.worker] = worker
         self.lives.setdefault(up.worker, []).append(worker)
         self.wakes[up.worker] = math.inf
@@ -229,8 +249,38 @@ class Loop:
                 worker.pulled(attempt, first, count, nbytes, seconds, now)
         elif kind == ARRIVE:
             self._arrive(a, now)
-        else:
+        elif kind == CALL:
             b(now)
+        elif kind == KV_LEAVES:
+            self._kv_leaves(b, now)
+        elif kind == KV_COMES:
+            self._kv_comes(b, now)
+        else:
+            self._kv_asked(a, now)
+
+    # --- news of prefix caches of which some are lost: kv_feed.py ----------
+
+    def _kv_leaves(self, frame: KvFrame, now: float) -> None:
+        assert self.feed is not None
+        if self.feed.leaves(frame):
+            self.push(now + self.kv_latency_s, KV_COMES, frame.event.worker, frame)
+
+    def _kv_comes(self, frame: KvFrame, now: float) -> None:
+        assert self.feed is not None
+        worker = frame.event.worker
+        if self.run_of[worker] != frame.life:
+            return  # it is back with an empty cache
+        if self.feed.taken(frame):
+            self.kv_news.append((now, frame.event))
+        else:
+            self.push(now + self.latency_s, KV_ASKED, worker, None)
+
+    def _kv_asked(self, number: int, now: float) -> None:
+        worker = self.workers.get(number)
+        if worker is not None and self.feed is not None:
+            self.feed.asked += 1
+            event = ev.KvChanged(number, worker.snapshot(now), [], True)
+            self._kv_leaves(KvFrame(self.run_of[number], event), now)
 
     def _arrive(self, rid: int, now: float) -> None:
         request = self.arrivals.make(rid)

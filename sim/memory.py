@@ -212,8 +212,13 @@ class Memory:
         idle.add_all(mine)
         self._idle_blocks += len(mine) * size
 
+    def snapshot(self) -> list[int]:
+        """Hashes of all that is cached; changes not told yet are dropped (``KvEventLog.snapshot``)."""
+        self.forget()
+        return list(self._refs)
+
     def forget(self) -> None:
-        """The worker is dead: what it has not told yet nobody hears."""
+        """What has not been told yet nobody hears: the worker is dead, or tells everything."""
         if self.now < self._due:
             self._stored.clear()
             self._removed.clear()

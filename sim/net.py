@@ -17,6 +17,11 @@ class Net(Protocol):
         """Output tokens that request ``rid`` really has, by rid."""
         ...
 
+    @property
+    def work(self) -> Sequence[float]:
+        """By rid, how many times as long as predicted a request's prompt work takes; empty: all exactly as long."""
+        ...
+
     def tell(self, event: ev.Event, now: float) -> None:
         """The router hears of it, in the order of telling."""
         ...

@@ -80,6 +80,15 @@ class Prompts:
             parts.append((tokens, sequence.computed))
         return parts
 
+    def stretch(self) -> float:
+        """How many times as long as predicted the chunks of the step take: each by its tokens, as its request does."""
+        tokens, work = 0, 0.0
+        for i, sequence in enumerate(self.chunks):
+            count = self._counts[i]
+            tokens += count
+            work += count * sequence.work
+        return work / tokens
+
     def computed(self, seconds: float, predicted: float, now: float) -> list[Sequence]:
         """The step of the chunks is over; returns whose prompt is done, in order. Those still wait."""
         done: list[Sequence] = []

@@ -18,8 +18,10 @@ from twinpool.router.policy.base import Policy
 from twinpool.router.policy.registry import make_policy
 from twinpool.router.request import Request
 from twinpool.router.state import Limits
+from twinpool.sim.disturbance import most_tokens, outputs_of, work_of
 from twinpool.sim.gap_pool import GapPool
 from twinpool.sim.gaps import request_gaps
+from twinpool.sim.kv_feed import KvFeed
 from twinpool.sim.links import Links
 from twinpool.sim.loop import Arrivals, Loop
 from twinpool.sim.planned_cost import PlannedCost
@@ -87,7 +89,7 @@ def limits_of(settings: Settings) -> Limits:
 
 def requests_of(trace: Trace, settings: Settings) -> Callable[[int], Request]:
     """How to make the request of a row."""
-    cap = settings.max_tokens or max(trace.output)
+    cap = most_tokens(trace, settings)
     slos = {name: settings.slo_of(name) for name in set(trace.klass or ()) | {"realtime"}}
     output, prompt, hashes, offsets = trace.output, trace.prompt, trace.hashes, trace.offsets
     tenants, classes, sessions = trace.tenant, trace.klass, trace.session
@@ -132,8 +134,10 @@ def build(
     """A cluster that is up, and its trace, before the first arrival."""
     cluster = Cluster(settings, trace)
     core = (make_core or Core)(policy or make_policy(settings.policy, settings.parameters), limits_of(settings))
-    loop = Loop(core, arrivals_of(trace, settings), trace.output, cluster.links, latency_s=settings.latency_s,
-                setup_s=settings.setup_s, max_queue_s=settings.max_queue_s, watch=watch)  # fmt: skip
+    feed = KvFeed(settings.kv_loss, settings.error_seed) if settings.kv_loss else None
+    loop = Loop(core, arrivals_of(trace, settings), outputs_of(trace, settings), cluster.links,
+                latency_s=settings.latency_s, setup_s=settings.setup_s, max_queue_s=settings.max_queue_s, watch=watch,
+                work=work_of(trace, settings), kv_delay_s=settings.kv_delay_s, feed=feed)  # fmt: skip
     for number, roles in enumerate(settings.roles()):
         loop.add_worker(make_worker(cluster, number, loop), cluster.worker_up(number, roles))
     for failure in settings.failures:
@@ -204,7 +208,7 @@ def result_of(loop: Loop, trace: Trace, settings: Settings) -> Result:
 
     columns = Columns(
         arrival=record.arrival, shown=at_edge(record.shown), ended=at_edge(record.ended), prompt=trace.prompt,
-        output=trace.output, cached=record.cached, prefill=record.prefill,
+        output=loop.outputs, cached=record.cached, prefill=record.prefill,
         decode=record.decode, path=record.path, outcome=record.outcome, itl=gaps.worst, max_gap=gaps.longest,
         unloaded=record.unloaded, kv_bytes=record.kv_bytes, transfer_s=record.transferred,
         ttft_limit=record.ttft_limit, itl_limit=record.itl_limit, tenant=trace.tenant, klass=trace.klass,

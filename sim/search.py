@@ -153,6 +153,8 @@ def _summary(job: Job) -> dict[str, Any]:
 
 
 def _bound(job: Job) -> float:
+    if not job.settings.foreseen:
+        return math.inf  # it is proved of the work that trace and profile say
     return bound_capacity(_shared[0], job.settings, job.target)
 
 

@@ -24,7 +24,7 @@ class Sequence:
         "announced", "attempt", "blocks", "cached", "computed", "early", "end", "expects_decode", "fresh", "full",
         "growing", "grows", "hashes", "in_step", "itl_s", "join", "last_s", "left", "length", "local", "low",
         "misjudged", "order", "prompt_len", "rank", "received", "request", "reusable", "sealed", "state", "step_s",
-        "told", "transfer", "turn",
+        "told", "transfer", "turn", "work",
     )  # fmt: skip
 
     def __init__(self, attempt: int, request: Request, length: int, state: int) -> None:
@@ -49,6 +49,7 @@ class Sequence:
         self.local = False
         self.transfer = False
         self.misjudged = False  # the router predicted another cached prefix, and has not heard yet
+        self.work = 1.0  # its prompt work takes so many times as long as predicted
         self.in_step = False  # a chunk of it is computed right now
         # a reservation
         self.reusable = 0  # units that may enter the cache while it is received

@@ -9,6 +9,8 @@ from twinpool.errors import ConfigError
 BATCH_TTFT_S = 3600.0
 BATCH_ITL_S = 5.0
 DEFAULT_PROFILE = "h100_sxm/llama-3.1-70b/tp4"
+MOST_SIGMA = 3.0  # one in a thousand is 10,000 times off: beyond that nothing is predicted
+MOST_DELAY_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,11 @@ class Settings:
     max_queue: int = 1024
     max_queue_s: float = 60.0
     failures: tuple[Failure, ...] = ()
+    prefill_error: float = 0.0  # of prompt work against what is predicted: sigma of its logarithm, by request
+    output_error: float = 0.0  # of output lengths against the trace's, likewise
+    kv_delay_s: float = 0.0  # that news of prefix caches come late, beyond the latency
+    kv_loss: float = 0.0  # share of the messages with them that never come
+    error_seed: int = 0
 
     def __post_init__(self) -> None:
         if min(self.prefill, self.decode, self.both) < 0 or self.prefill + self.decode + self.both < 1:
@@ -62,6 +69,18 @@ class Settings:
         for name in ("ttft_factor", "latency_s", "setup_s", "edge_s", "kv_tokens", "link_bytes_per_s", "max_tokens"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
+        self._check_errors()
+
+    def _check_errors(self) -> None:
+        most = {"prefill_error": MOST_SIGMA, "output_error": MOST_SIGMA, "kv_delay_s": MOST_DELAY_S, "kv_loss": 1.0}
+        for name, limit in most.items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be from 0 to {limit:g}")
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether all work is what trace and profile say."""
+        return not (self.prefill_error or self.output_error)
 
     @property
     def workers(self) -> int:

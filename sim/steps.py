@@ -31,8 +31,9 @@ class Steps:
     """See the module's docstring."""
 
     __slots__ = (
-        "_ahead", "_batch", "_cost", "_end", "_id", "_max_batch", "_memory", "_net", "_predicted", "_report_at",
-        "_seconds", "_single", "_single_s", "_size", "_stalled", "members", "mixed_s", "prefill_s",
+        "_ahead", "_batch", "_busy_s", "_cost", "_end", "_id", "_max_batch", "_memory", "_net", "_predicted",
+        "_report_at", "_seconds", "_single", "_single_s", "_size", "_stalled", "_uneven", "members", "mixed_s",
+        "prefill_s",
     )  # fmt: skip
 
     def __init__(
@@ -52,7 +53,9 @@ class Steps:
         self._end = math.inf  # when they are over; without any: when to plan
         self._single = False  # one step, of ``_seconds``: not the closed form
         self._seconds = 0.0
-        self._predicted = 0.0
+        self._busy_s = 0.0  # of them without a stall
+        self._predicted = 0.0  # of those by the cost
+        self._uneven = len(net.work) > 0  # prompts take longer or shorter than the cost says
         self._stalled = -math.inf  # nothing is computed until then
         self._report_at = math.inf  # the router waits for news of free blocks
 
@@ -156,7 +159,7 @@ class Steps:
         if steps:
             batch.advance(steps)
         self._single = True
-        self._seconds = self._predicted = batch.seconds(1)
+        self._seconds = self._busy_s = self._predicted = batch.seconds(1)
         self._wait(1)
 
     def _wait(self, steps: int) -> None:
@@ -201,11 +204,11 @@ class Steps:
             batch.advance(steps)
         else:
             if not members.prompts.chunks:
-                self._single_s += self._predicted
+                self._single_s += self._busy_s
             elif batch.count:
-                self.mixed_s += self._predicted
+                self.mixed_s += self._busy_s
             else:
-                self.prefill_s += self._predicted
+                self.prefill_s += self._busy_s
             if members.seats.crowded:
                 members.seats.advance(self._seconds)
             else:
@@ -274,11 +277,19 @@ class Steps:
             self._idle()
             return
         self._predicted = seconds
+        if self._uneven and parts:
+            seconds = self._true_s(seconds, count, context)
+        self._busy_s = seconds
         if now < self._stalled:
             seconds += self._stalled - now
         self._seconds = seconds
         self._single = True
         self._wait(1)
+
+    def _true_s(self, seconds: float, batch: int, context: int) -> float:
+        """What prompts add to a step takes as long as it really does; the decodes beside them as predicted."""
+        alone = self._cost.decode(batch, context) if batch else 0.0
+        return alone + (seconds - alone) * self.members.prompts.stretch()
 
     def _grow(self, now: float) -> None:
         """Each sequence that needs a block gets one; where there is none, others have to go."""

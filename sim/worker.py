@@ -151,6 +151,8 @@ class SimWorker:
         sequence.misjudged = sequence.cached != action.cached
         sequence.local = action.decode
         sequence.transfer = action.transfer
+        if self._net.work:
+            sequence.work = self._net.work[request.rid]
         sequence.left = self._net.outputs[request.rid] - request.emitted
         if units and action.transfer:
             self._members.prompts.announce(sequence, now)
@@ -228,6 +230,12 @@ class SimWorker:
             sequence.received = max([sequence.received, *[stop for start, stop in early if start <= sequence.received]])
             early = later
         sequence.early = early
+
+    def snapshot(self, now: float) -> list[int]:
+        """All that is in the prefix cache; changes that have not been told yet never will be, since they are in it."""
+        self._memory.now = now
+        self._steps.sync(now, self._memory.blocks)
+        return self._memory.snapshot()
 
     def stop(self, now: float) -> None:
         """It dies. Tokens that had left are told; all else is forgotten."""

@@ -57,6 +57,7 @@ class Shape:
     faults: float = 0.3  # of requests that are cancelled, and of workers that stall
     deaths: int = 1
     latency_s: float = 0.0005
+    error: float = 0.0  # of prompt work: sigma of its logarithm
     give_up_after: int = 6  # attempts
 
 
@@ -83,6 +84,8 @@ class Script:
         self.log: list[tuple[float, ev.Event]] = []
         self.kv_log: list[tuple[int, float, list[int], list[int]]] = []
         self.spans: dict[int, list[tuple[int, int, int]]] = {}
+        work = random.Random(shape.seed)
+        self.work = [math.exp(work.gauss(0.0, shape.error)) for _ in range(shape.requests)] if shape.error else []
         self.heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.wakes: dict[int, float] = {}
         self.seq = 0

@@ -70,6 +70,8 @@ class SteppedWorker:
         self.block_bytes = block_bytes
         self.pool = BlockPool(blocks, block_size)
         self.scheduler = Scheduler(self.pool, cost, chunk_tokens, max_batch)
+        self.cost = cost
+        self.factors: dict[int, float] = {}  # of prompts, by attempt
         self.jobs: dict[int, Job] = {}
         self.decodes: dict[int, Sequence] = {}  # those that SendDecode asked for
         self.cell = Cell()
@@ -136,6 +138,8 @@ class SteppedWorker:
         if not self.scheduler.add(sequence, now):
             self.no_room(action.attempt, now)
             return
+        if self.net.work:
+            self.factors[action.attempt] = self.net.work[request.rid]
         left = self.net.outputs[request.rid] - request.emitted
         self.jobs[action.attempt] = Job(request, left, sequence.cached != action.cached)
         ready = self.scheduler.announce(sequence)
@@ -232,9 +236,19 @@ class SteppedWorker:
                 self.close(job)
                 self.tell(ev.AttemptLost(self.id, sequence.attempt, "preempted", False), now)
             if step.chunks or step.decodes:
-                self.end = max(self.boundary, self.stalled) + Fraction(step.predicted_s)
+                self.end = max(self.boundary, self.stalled) + Fraction(self.true_s(step))
                 return
             self.scheduler.done(step, now)  # all of it was preempted
+
+    def true_s(self, step: Step) -> float:
+        """What its prompts add to a step takes as long as their own factors say, weighted by tokens."""
+        if not step.chunks or not self.net.work:
+            return step.predicted_s
+        lengths = [sequence.length for sequence in step.decodes]
+        alone = self.cost.decode(len(lengths), sum(lengths)) if lengths else 0.0
+        factors = [(chunk.count, self.factors[chunk.sequence.attempt]) for chunk in step.chunks]
+        stretch = sum(count * factor for count, factor in factors) / sum(count for count, _ in factors)
+        return alone + (step.predicted_s - alone) * stretch
 
     def finish(self, step: Step, now: float) -> None:
         for sequence in step.decodes:

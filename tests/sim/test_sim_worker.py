@@ -102,6 +102,14 @@ def test_jumping_is_stepping(seed: int) -> None:
     compare(Script(shape, SimWorker).run(), Script(shape, SteppedWorker).run())
 
 
+@pytest.mark.parametrize(
+    "seed", [seed if seed < 20 else pytest.param(seed, marks=pytest.mark.full) for seed in range(60)]
+)
+def test_jumping_is_stepping_where_prompts_take_longer_than_planned(seed: int) -> None:
+    shape = dataclasses.replace(shape_of(seed), error=0.3)
+    compare(Script(shape, SimWorker).run(), Script(shape, SteppedWorker).run())
+
+
 def test_scripts_try_everything() -> None:
     """The comparison is worth something only if every kind of event is in it, and jumps save wakes."""
     told: Counter[str] = Counter()

@@ -45,6 +45,14 @@ TtftFactor = Annotated[float | None, typer.Option(min=0, help="Plus this x the p
 ItlMs = Annotated[float | None, typer.Option(min=0.001, help="ITL SLO; 50 if not given.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 ChunkTokens = Annotated[int | None, typer.Option(min=1, help="Most prompt tokens in a step; 2048 if not given.")]
+PrefillError = Annotated[
+    float | None, typer.Option(min=0, metavar="SIGMA", help="Lognormal error of predicted prompt work; 0.")
+]
+OutputError = Annotated[
+    float | None, typer.Option(min=0, metavar="SIGMA", help="Lognormal error of output lengths; 0.")
+]
+KvDelayMs = Annotated[float | None, typer.Option(min=0, help="News of prefix caches come so late; 0.")]
+KvLoss = Annotated[float | None, typer.Option(min=0, max=1, metavar="SHARE", help="Of those messages lost; 0.")]
 Processes = Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one a core.")]
 Scenario = Annotated[
     Path | None,
@@ -65,7 +73,7 @@ def settings_of(
     Parameters are those of the flags, if there are any, else the YAML's where its policy is kept.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    for name in ("ttft_ms", "itl_ms"):
+    for name in ("ttft_ms", "itl_ms", "kv_delay_ms"):
         if name in given:
             given[name.replace("_ms", "_s")] = given.pop(name) / 1000.0
     profile = given.pop("profile", None)
@@ -82,7 +90,7 @@ def settings_of(
 
 
 def ready(settings: Settings, seed: int) -> Settings:
-    """The settings, with a seed for a policy that draws at random, and what a calibrated profile knows of the edge.
+    """The settings, with a seed for errors and random policies, and what a calibrated profile knows of the edge.
 
     Raises ConfigError where policy, a parameter of it or profile does not exist: before a trace is read.
     """
@@ -92,6 +100,7 @@ def ready(settings: Settings, seed: int) -> Settings:
     info = POLICIES.get(settings.policy)
     if info is not None and "seed" in info.parameters:
         settings = replace(settings, parameters={"seed": seed} | settings.parameters)
+    settings = replace(settings, error_seed=seed)
     make_policy(settings.policy, settings.parameters)
     return with_measured(settings)
 
@@ -200,14 +209,17 @@ def replay(
     policy: PolicyName = None, param: Parameters = None, speed: Speed = 1.0, limit: Limit = None,
     spread_timestamps: Spread = False, slo_ttft_ms: TtftMs = None, slo_ttft_factor: TtftFactor = None,
     slo_itl_ms: ItlMs = None, chunk_tokens: ChunkTokens = None, scenario: Scenario = None, seed: Seed = 0,
-    skip_bad: SkipBad = False, json_file: JsonFile = None, config_file: ConfigFile = None, sets: SetOptions = None,
+    prefill_error: PrefillError = None, output_error: OutputError = None, kv_delay_ms: KvDelayMs = None,
+    kv_loss: KvLoss = None, skip_bad: SkipBad = False, json_file: JsonFile = None, config_file: ConfigFile = None,
+    sets: SetOptions = None,
 ) -> None:  # fmt: skip
     """One run: latencies, attainment, goodput, cache hits."""
     with reporting():
         screen = Screen(json_file)
         settings = settings_of(config_file, sets, scenario, param, prefill=prefill, decode=decode, both=both,
                                profile=profile, policy=policy, ttft_ms=slo_ttft_ms, ttft_factor=slo_ttft_factor,
-                               itl_ms=slo_itl_ms, chunk_tokens=chunk_tokens)  # fmt: skip
+                               itl_ms=slo_itl_ms, chunk_tokens=chunk_tokens, prefill_error=prefill_error,
+                               output_error=output_error, kv_delay_ms=kv_delay_ms, kv_loss=kv_loss)  # fmt: skip
         settings = ready(settings, seed)
         loaded = load(trace, screen, limit=limit, spread=spread_timestamps, seed=seed, skip_bad=skip_bad, factor=speed)
         from twinpool.sim import present

@@ -18,10 +18,14 @@ from twinpool.cli.sim import (
     Decode,
     ItlMs,
     JsonFile,
+    KvDelayMs,
+    KvLoss,
     Limit,
+    OutputError,
     Parameters,
     PolicyName,
     Prefill,
+    PrefillError,
     Processes,
     ProfileName,
     Scenario,
@@ -57,13 +61,16 @@ def compare(
     both: Both = None, profile: ProfileName = None, speed: Speed = 1.0, limit: Limit = None,
     spread_timestamps: Spread = False, slo_ttft_ms: TtftMs = None, slo_ttft_factor: TtftFactor = None,
     slo_itl_ms: ItlMs = None, chunk_tokens: ChunkTokens = None, scenario: Scenario = None, seed: Seed = 0,
-    skip_bad: SkipBad = False, processes: Processes = 0, json_file: JsonFile = None,
+    prefill_error: PrefillError = None, output_error: OutputError = None, kv_delay_ms: KvDelayMs = None,
+    kv_loss: KvLoss = None, skip_bad: SkipBad = False, processes: Processes = 0, json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """Several policies or configs on the same traffic, side by side; without any, all built-in policies."""
     with reporting():
         screen = Screen(json_file)
         flags = {"prefill": prefill, "decode": decode, "both": both, "profile": profile, "ttft_ms": slo_ttft_ms,
-                 "ttft_factor": slo_ttft_factor, "itl_ms": slo_itl_ms, "chunk_tokens": chunk_tokens}  # fmt: skip
+                 "ttft_factor": slo_ttft_factor, "itl_ms": slo_itl_ms, "chunk_tokens": chunk_tokens,
+                 "prefill_error": prefill_error, "output_error": output_error, "kv_delay_ms": kv_delay_ms,
+                 "kv_loss": kv_loss}  # fmt: skip
         chosen = _chosen(config or [], policy or [], scenario, seed, flags)
         loaded = load(trace, screen, limit=limit, spread=spread_timestamps, seed=seed, skip_bad=skip_bad)
         from twinpool.sim import present
@@ -110,7 +117,8 @@ def capacity_command(
     prefill: Prefill = None, decode: Decode = None, both: Both = None, profile: ProfileName = None, speed: Start = 1.0,
     limit: Limit = None, spread_timestamps: Spread = False, slo_ttft_ms: TtftMs = None,
     slo_ttft_factor: TtftFactor = None, slo_itl_ms: ItlMs = None, chunk_tokens: ChunkTokens = None,
-    scenario: Scenario = None, seed: Seed = 0, skip_bad: SkipBad = False, processes: Processes = 0,
+    scenario: Scenario = None, seed: Seed = 0, prefill_error: PrefillError = None, output_error: OutputError = None,
+    kv_delay_ms: KvDelayMs = None, kv_loss: KvLoss = None, skip_bad: SkipBad = False, processes: Processes = 0,
     json_file: JsonFile = None, config_file: ConfigFile = None, sets: SetOptions = None,
 ) -> None:  # fmt: skip
     """The largest speed-up of the trace, to 0.5 %, at which the target share of requests meets its SLO."""
@@ -118,7 +126,8 @@ def capacity_command(
         screen = Screen(json_file)
         settings = settings_of(config_file, sets, scenario, param, prefill=prefill, decode=decode, both=both,
                                profile=profile, policy=policy, ttft_ms=slo_ttft_ms, ttft_factor=slo_ttft_factor,
-                               itl_ms=slo_itl_ms, chunk_tokens=chunk_tokens)  # fmt: skip
+                               itl_ms=slo_itl_ms, chunk_tokens=chunk_tokens, prefill_error=prefill_error,
+                               output_error=output_error, kv_delay_ms=kv_delay_ms, kv_loss=kv_loss)  # fmt: skip
         settings = ready(settings, seed)
         loaded = load(trace, screen, limit=limit, spread=spread_timestamps, seed=seed, skip_bad=skip_bad)
         from twinpool.sim.search import capacity, runner
