@@ -224,7 +224,8 @@ class Worker:
             self._receiver.pull(frame)
 
     def _received(self, attempt: int) -> None:
-        """Start decoding if every block is verified and the router has said how to go on."""
+        """Blocks came. Start decoding if every one is verified and the router has said how to go on."""
+        self._reporter.soon()  # they are in the prefix cache now
         sequence = self._awaiting.get(attempt)
         holding = self._scheduler.holding(attempt)
         if sequence is None or holding is None:

@@ -26,10 +26,10 @@ from machine import describe
 
 from twinpool.sim.generate import generate
 from twinpool.sim.readers import read_trace
-from twinpool.sim.replay import FORM
+from twinpool.sim.replay import FORM, build, run
 from twinpool.sim.search import Runner, Search, allowed_misses, capacity, narrow, nearest, runner, speed_of
 from twinpool.sim.settings import Settings
-from twinpool.sim.trace import Trace
+from twinpool.sim.trace import Trace, speed
 
 HERE = Path(__file__).parent
 TARGET = 0.99
@@ -75,7 +75,8 @@ predict; chunks are cut by the prediction, a step that is 2 ms and 2 % off is re
 predicts no request's length, it books the running mean of those that ended; so the truth is what is disturbed: each
 output is the trace's times a factor, at most what the request may ask for, tokens in all unchanged. *KV events late*:
 each message on top of its 20 ms grid. *Lost*: such messages vanish; the next one of that worker shows the gap, the
-router drops it and asks for a snapshot, and drops all that comes before that, as the live router does.
+router drops it and asks for a snapshot, and drops all that comes before that, as the live router does. (Live workers
+tell of blocks of output, too, so that a gap is noticed sooner than here.)
 
 Each figure is the mean of {repeats} searches (0.5 % a step) that differ in which requests and messages are hit and in
 a microsecond of latency; +- is the standard error of the share lost, from the spread of both. Attainment is noisy near
@@ -120,8 +121,26 @@ def measured(made: Runner, settings: Settings, errors: list[Error], repeats: int
     first = capacity(made, settings, TARGET, start=start).speed
     allowed, place = allowed_misses(made.requests, TARGET), nearest(first)
     rows = [[Search(error.on(settings, i), allowed, place, JUMP) for i in range(repeats)] for error in errors]
-    narrow(made, [search for row in rows for search in row], TARGET)
+    searches = [search for row in rows for search in row]
+
+    def step(search: Search) -> None:
+        done = sum(each.done() for each in searches)
+        print(f"{done} of {len(searches)} searches, {len(search.trials)} runs each", end="\r", file=sys.stderr)
+
+    narrow(made, searches, TARGET, step=step)
     return [Row(error, [speed_of(search.low or 0) for search in row]) for error, row in zip(errors, rows, strict=True)]
+
+
+def messages(trace: Trace, settings: Settings, factor: float) -> str:
+    """How many there were of which kind, in one run with losses."""
+    loop = build(speed(trace, factor), ERRORS[4].on(settings, 0))
+    run(loop)
+    feed = loop.feed
+    assert feed is not None
+    return (
+        f"Of {feed.sent:,} messages {feed.lost:,} were lost; {feed.dropped:,} more were dropped, each with a question, "
+        f"and {feed.asked:,} snapshots were sent."
+    )
 
 
 def spread_of(trace: Trace) -> float:
@@ -154,6 +173,9 @@ def section(name: str, trace: Trace, start: float, args: argparse.Namespace) -> 
             yield "|---" * 6 + "|", False
             for row in rows:
                 yield row.line(rows[0]), row.lost(rows[0]) > row.error.may_cost
+            if trace.block_tokens:
+                yield "", False
+                yield messages(trace, settings, rows[0].mean), False
     yield "", False
 
 

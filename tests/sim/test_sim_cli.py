@@ -100,6 +100,32 @@ def test_replay_takes_its_flags(folder: Path) -> None:
     assert (found["requests"], found["gpus"]) == (50, 6)
 
 
+def test_replay_takes_errors(folder: Path) -> None:
+    flags = ("--prefill-error", 0.1, "--output-error", 0.5, "--kv-delay-ms", 500, "--kv-loss", 0.01, "--seed", 4)
+    found = figures(sim("replay", folder / "chat.jsonl", *flags, "--json", "-"))
+    trace, _ = read_trace(folder / "chat.jsonl")
+    settings = Settings(prefill_error=0.1, output_error=0.5, kv_delay_s=0.5, kv_loss=0.01, error_seed=4)
+    assert found["digest"] == replay(trace, settings).digest
+    assert found["settings"]["kv_loss"] == 0.01
+    compared = figures(sim("compare", folder / "chat.jsonl", "--policy", "least_seconds", *flags, "--json", "-"))
+    assert compared["runs"][0]["digest"] == found["digest"]
+
+
+def test_errors_change_a_capacity_and_leave_no_bound(folder: Path) -> None:
+    flags = ("--prefill", 1, "--decode", 1, "--target", 0.9, "--processes", 1, "--json", "-")
+    plain = figures(sim("capacity", folder / "open.jsonl", *flags))
+    wrong = figures(sim("capacity", folder / "open.jsonl", *flags, "--prefill-error", 1.0))
+    assert plain["bound"] is not None
+    assert wrong["bound"] is None
+    assert wrong["share_of_bound"] is None
+    assert wrong["capacity"] < plain["capacity"]
+
+
+def test_an_error_that_is_none_is_refused(folder: Path) -> None:
+    for flags in (("--kv-loss", 1.5), ("--prefill-error", 9)):
+        assert sim("replay", folder / "open.jsonl", *flags).exit_code != 0
+
+
 def test_both_alone_means_no_others(folder: Path) -> None:
     found = figures(sim("replay", folder / "open.jsonl", "--both", 3, "--policy", "colocated", "--json", "-"))
     assert [worker["roles"] for worker in found["workers"]] == ["prefill+decode"] * 3
