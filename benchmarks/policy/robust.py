@@ -1,6 +1,6 @@
 """Robust: capacity of the default policy where what it predicts and what it hears is wrong.
 
-    python benchmarks/policy/robust.py [--traces FOLDER] [--splits 6,8] [--workers 12] [--repeats 3] [--processes 0]
+    python benchmarks/policy/robust.py [--traces FOLDER] [--splits 6,8] [--workers 12] [--repeats 6] [--processes 0]
 
 FOLDER holds mooncake_conversation.jsonl.gz and azure_2023_conv.csv.gz (public); without it two generated traffics take
 their place. ``least_seconds`` with its default parameters, Llama-3.1-70B on 4 H100 (TP4), 99 % of offered requests
@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,13 +27,16 @@ from machine import describe
 from twinpool.sim.generate import generate
 from twinpool.sim.readers import read_trace
 from twinpool.sim.replay import FORM, build, run
-from twinpool.sim.search import Runner, Search, allowed_misses, capacity, narrow, nearest, runner, speed_of
+from twinpool.sim.search import Job, Runner, Search, allowed_misses, narrow, nearest, runner, speed_of
 from twinpool.sim.settings import Settings
 from twinpool.sim.trace import Trace, speed
 
 HERE = Path(__file__).parent
 TARGET = 0.99
-JUMP = 4  # steps of 0.5 %, of the first move away from the capacity without errors
+NEAR = 8  # steps of 0.5 %: how near the first search comes
+APART = 0.015  # ln speed: runs are that much above and below where the capacity is supposed
+MOST_MOVE = 0.08  # ln speed, from one round to the next
+SLOPE, SLOPES = 12.0, (4.0, 60.0)  # of ln(misses) by ln(speed): to begin with, and what is believed
 TRACES = {"Mooncake conversation": ("mooncake_conversation.jsonl.gz", 2.0),
           "Azure conversation": ("azure_2023_conv.csv.gz", 10.0)}  # fmt: skip  # file, speed to begin at
 GENERATED = {"generated long chats": ("long", 1.5), "generated chat": ("chat", 10.0)}
@@ -78,57 +81,107 @@ each message on top of its 20 ms grid. *Lost*: such messages vanish; the next on
 router drops it and asks for a snapshot, and drops all that comes before that, as the live router does. (Live workers
 tell of blocks of output, too, so that a gap is noticed sooner than here.)
 
-Each figure is the mean of {repeats} searches (0.5 % a step) that differ in which requests and messages are hit and in
-a microsecond of latency; +- is the standard error of the share lost, from the spread of both. Attainment is noisy near
-the limit: searches without any error differ by as much as the column "from .. to" says.
+Near the limit attainment is noisy: a microsecond more of latency makes another run of it. So each capacity is of
+{repeats} whole runs, at speeds within some percent of it, which differ in that and in which requests and messages are
+hit: it is where the line of ln(misses) by ln(speed) crosses 1 %, with one slope for all errors of a table. +- is one
+standard error of the share lost, from what the runs are off their line. Speeds are of the trace's own.
 """
 
 
-class Row(NamedTuple):
-    """Capacities found with one error."""
+@dataclass(slots=True)
+class Row:
+    """Runs with one error: (ln speed, ln misses), the first of which only finds the place."""
 
     error: Error
-    speeds: list[float]
+    start: float  # ln speed
+    points: list[tuple[float, float]] = field(default_factory=list)
 
-    @property
-    def mean(self) -> float:
-        """Of the speed-ups."""
-        return statistics.fmean(self.speeds)
+    def used(self) -> list[tuple[float, float]]:
+        """All but the first, where there are others."""
+        return self.points[1:] or self.points
 
-    @property
-    def variance(self) -> float:
-        """Of the mean, relative to it squared; 0 for a single search."""
-        if len(self.speeds) < 2:
-            return 0.0
-        return statistics.variance(self.speeds) / len(self.speeds) / self.mean**2
+    def middle(self) -> tuple[float, float]:
+        """Means of both."""
+        used = self.used()
+        return statistics.fmean(x for x, _ in used), statistics.fmean(y for _, y in used)
 
-    def lost(self, base: Row) -> float:
+    def crossing(self, slope: float, limit: float) -> float:
+        """ln speed at which misses are ``limit``, a logarithm, too."""
+        if not self.points:
+            return self.start
+        x, y = self.middle()
+        step = (limit - y) / slope
+        return x + max(-MOST_MOVE, min(MOST_MOVE, step))
+
+
+class Table(NamedTuple):
+    """What came of one trace and split: rows, the slope they share, ln of the misses allowed."""
+
+    rows: list[Row]
+    slope: float
+    limit: float
+
+    def speed(self, row: Row) -> float:
+        """Its capacity."""
+        return math.exp(row.crossing(self.slope, self.limit))
+
+    def lost(self, row: Row) -> float:
         """Share of the capacity without errors."""
-        return 1.0 - self.mean / base.mean
+        return 1.0 - self.speed(row) / self.speed(self.rows[0])
 
-    def line(self, base: Row) -> str:
+    def noise(self) -> float:
+        """Standard deviation of a run's ln(misses) from its line."""
+        squares, count = 0.0, -1
+        for row in self.rows:
+            x0, y0 = row.middle()
+            squares += sum((y - y0 - self.slope * (x - x0)) ** 2 for x, y in row.used())
+            count += len(row.used()) - 1
+        return math.sqrt(squares / max(1, count))
+
+    def about_noise(self) -> str:
+        """A sentence."""
+        noise = self.noise()
+        return (
+            f"Misses rise with the speed to the power {self.slope:.1f}; those of a run are off that by a factor of "
+            f"{math.exp(noise):.2f}, which is {noise / self.slope:.1%} of speed."
+        )
+
+    def line(self, row: Row) -> str:
         """Of the table."""
-        span = f"| {self.error.name} | {self.mean:.3f} | {min(self.speeds):.3f} .. {max(self.speeds):.3f} |"
-        if self.error.name == WITHOUT:
-            return f"{span} | | |"
-        lost, noise = self.lost(base), math.sqrt(self.variance + base.variance) * self.mean / base.mean
-        kept = "yes" if lost <= self.error.may_cost else "**no**"
-        return f"{span} {lost:+.1%} +- {noise:.1%} | {self.error.may_cost:.0%} | {kept} |"
+        if row is self.rows[0]:
+            return f"| {row.error.name} | {self.speed(row):.3f} | | | |"
+        error = self.noise() / self.slope * math.sqrt(2 / len(row.used()))
+        kept = "yes" if self.lost(row) <= row.error.may_cost else "**no**"
+        lost = f"{self.lost(row):+.1%} +- {error:.1%}"
+        return f"| {row.error.name} | {self.speed(row):.3f} | {lost} | {row.error.may_cost:.0%} | {kept} |"
 
 
-def measured(made: Runner, settings: Settings, errors: list[Error], repeats: int, start: float) -> list[Row]:
-    """Capacities with each error, searched side by side from the first one's."""
-    first = capacity(made, settings, TARGET, start=start).speed
-    allowed, place = allowed_misses(made.requests, TARGET), nearest(first)
-    rows = [[Search(error.on(settings, i), allowed, place, JUMP) for i in range(repeats)] for error in errors]
-    searches = [search for row in rows for search in row]
+def slope_of(rows: list[Row]) -> float:
+    """The least squares one of lines that share it; a usual one before there is any."""
+    xx = xy = 0.0
+    for row in rows:
+        x0, y0 = row.middle()
+        xx += sum((x - x0) ** 2 for x, _ in row.used())
+        xy += sum((x - x0) * (y - y0) for x, y in row.used())
+    return max(SLOPES[0], min(SLOPES[1], xy / xx)) if xx > 0.0 else SLOPE
 
-    def step(search: Search) -> None:
-        done = sum(each.done() for each in searches)
-        print(f"{done} of {len(searches)} searches, {len(search.trials)} runs each", end="\r", file=sys.stderr)
 
-    narrow(made, searches, TARGET, step=step)
-    return [Row(error, [speed_of(search.low or 0) for search in row]) for error, row in zip(errors, rows, strict=True)]
+def measured(made: Runner, settings: Settings, errors: list[Error], repeats: int, start: float) -> Table:
+    """Runs around the capacity with each error, all errors side by side."""
+    allowed = allowed_misses(made.requests, TARGET)
+    search = Search(settings, allowed, nearest(start))
+    narrow(made, [search], TARGET, NEAR)
+    limit = math.log(allowed + 0.5)
+    rows = [Row(error, math.log(speed_of(search.low or 0))) for error in errors]
+    slope = SLOPE
+    for i in range(repeats + 1):
+        places = [row.crossing(slope, limit) + (APART if i % 2 else -APART) for row in rows]
+        jobs = [Job(row.error.on(settings, i), math.exp(x)) for row, x in zip(rows, places, strict=True)]
+        for row, x, trial in zip(rows, places, made.trials(jobs), strict=True):
+            row.points.append((x, math.log(trial.misses + 0.5)))
+        slope = slope_of(rows)
+        print(f"round {i} of {repeats}, slope {slope:.1f}", file=sys.stderr)
+    return Table(rows, slope, limit)
 
 
 def messages(trace: Trace, settings: Settings, factor: float) -> str:
@@ -167,15 +220,16 @@ def section(name: str, trace: Trace, start: float, args: argparse.Namespace) -> 
     with runner(trace, args.processes) as made:
         for split in args.splits:
             settings = Settings(prefill=split, decode=args.workers - split)
-            rows = measured(made, settings, errors, args.repeats, start)
+            table = measured(made, settings, errors, args.repeats, start)
             yield "", False
-            yield f"| {split}P+{args.workers - split}D | capacity | from .. to | lost | may cost | kept |", False
-            yield "|---" * 6 + "|", False
-            for row in rows:
-                yield row.line(rows[0]), row.lost(rows[0]) > row.error.may_cost
+            yield f"| {split}P+{args.workers - split}D | capacity | lost | may cost | kept |", False
+            yield "|---" * 5 + "|", False
+            for row in table.rows:
+                yield table.line(row), row is not table.rows[0] and table.lost(row) > row.error.may_cost
+            yield "", False
+            yield table.about_noise(), False
             if trace.block_tokens:
-                yield "", False
-                yield messages(trace, settings, rows[0].mean), False
+                yield messages(trace, settings, table.speed(table.rows[0])), False
     yield "", False
 
 
@@ -185,7 +239,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--splits", type=lambda text: [int(part) for part in text.split(",")], default=[6, 8])
     parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--processes", type=int, default=0)
     return parser.parse_args()
 
