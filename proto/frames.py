@@ -255,6 +255,7 @@ class Reserve(Frame, frozen=True):
     salt: Text
     blocks: Count
     lease_s: Seconds
+    keep: Count = 0  # see Sequence
 
 
 class Release(Frame, frozen=True):
@@ -279,6 +280,7 @@ class Sequence(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     salt: Text
     itl_s: Seconds  # the SLO that bounds the steps it is in
     rank: Count = 0  # class: 0 realtime, 1 streaming, 2 batch
+    keep: Count = 0  # leading blocks that its conversation will come back with, worth keeping when it has ended
 
 
 class Prefill(Frame, frozen=True):

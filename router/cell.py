@@ -41,6 +41,7 @@ class Submission:
     max_queue_s: float | None = None  # refused when not started by then
     resumed: array[int] = field(default_factory=lambda: array("I"))  # output tokens the client has already
     session: str = ""
+    returns: bool = False  # its conversation will come back: what it leaves in the cache is kept longer
     trace: str = ""  # W3C traceparent
 
 

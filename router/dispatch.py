@@ -130,6 +130,7 @@ class Dispatcher:
             klass=submission.klass,
             tenant=submission.tenant,
             session=submission.session,
+            returns=submission.returns,
             give_up=math.inf if submission.deadline_s is None else now + submission.deadline_s,
             queue_until=math.inf if submission.max_queue_s is None else now + submission.max_queue_s,
             resumed=len(submission.resumed),

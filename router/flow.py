@@ -45,6 +45,7 @@ class Flow:
             salt=submission.salt,
             itl_s=request.itl_s,
             rank=request.rank,
+            keep=request.keep,
         )
 
     def add(self, ids: array[int], text: str, logprobs: tuple[TokenLogprob, ...], now: float) -> None:

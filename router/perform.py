@@ -56,7 +56,7 @@ class Performer:
         # KV moves for what this attempt prefills: a token it has drawn meanwhile must not lengthen the held prefix.
         prompt = token_bytes(flow.tokens()[: request.length])
         frame = frames.Reserve(attempt=action.attempt, prompt=prompt, salt=flow.submission.salt,
-                               blocks=action.blocks, lease_s=self._lease_s)  # fmt: skip
+                               blocks=action.blocks, lease_s=self._lease_s, keep=request.keep)  # fmt: skip
         self._send(action.worker, frame)
 
     def _prefill(self, action: ev.SendPrefill) -> None:

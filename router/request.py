@@ -71,7 +71,7 @@ class Request:
         "decode", "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "finished_at", "first_at",
         "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "late", "length", "losses", "max_tokens", "path",
         "phase", "placed_at", "prefill", "prefill_done", "prefill_name", "prefill_started_at", "prompt_len",
-        "queue_until", "rank", "ready", "reason", "reserved", "reserved_at", "rid", "session", "shown",
+        "queue_until", "rank", "ready", "reason", "reserved", "reserved_at", "returns", "rid", "session", "shown",
         "suspect", "tenant", "transferred_at", "ttft_factor", "ttft_s", "verified",
     )  # fmt: skip
 
@@ -89,6 +89,7 @@ class Request:
         klass: str = "realtime",
         tenant: str = "",
         session: str = "",
+        returns: bool = False,
         give_up: float = float("inf"),
         queue_until: float = float("inf"),
         resumed: int = 0,
@@ -104,6 +105,7 @@ class Request:
         self.klass = klass
         self.tenant = tenant
         self.session = session
+        self.returns = returns  # its conversation will come back: what it leaves is worth keeping
         self.give_up = give_up  # the caller's own deadline
         self.queue_until = queue_until
         self.emitted = resumed  # output tokens known, those the client brought along included
@@ -158,6 +160,11 @@ class Request:
     def over(self) -> bool:
         """FINISHED, CANCELLED or REJECTED."""
         return self.phase >= Phase.FINISHED
+
+    @property
+    def keep(self) -> int:
+        """Leading blocks that its conversation will come back with; 0 where nobody says so."""
+        return len(self.hashes) if self.returns else 0
 
     def blocks(self, block_size: int) -> int:
         """Blocks that hold ``length`` tokens."""

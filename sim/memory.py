@@ -44,7 +44,7 @@ class Memory:
         "_tails", "_tell", "_worker", "blocks", "free", "now", "peak", "unit_blocks",
     )  # fmt: skip
 
-    def __init__(self, worker: int, blocks: int, unit_blocks: int, tell: KvSink) -> None:
+    def __init__(self, worker: int, blocks: int, unit_blocks: int, tell: KvSink, eviction: str = "lru") -> None:
         self.blocks = blocks
         self.unit_blocks = unit_blocks
         self.free = blocks
@@ -53,7 +53,7 @@ class Memory:
         self._worker = worker
         self._tell = tell
         self._refs: dict[int, int] = {}  # hash of each cached unit -> sequences that refer to it
-        self._idle = EvictionOrder()  # hashes, and negative keys of anonymous blocks
+        self._idle = EvictionOrder(eviction)  # hashes, and negative keys of anonymous blocks
         self._idle_blocks = 0  # of those in ``_idle``, and the remnant
         self._remnant = 0  # blocks left of the key that was evicted last: they go before all others
         self._tails: dict[int, int] = {}  # negative key -> anonymous idle blocks
@@ -105,6 +105,7 @@ class Memory:
                 self._idle.remove_all(again)
                 self._idle_blocks -= (held - shared) * size
                 refs.update(dict.fromkeys(again, 1))
+            self._idle.found(hashes, held)
         self.allocate(total - held * size)
         return held
 
@@ -200,6 +201,8 @@ class Memory:
         if not sealed:
             return
         refs, mine = self._refs, sequence.hashes[:sealed]
+        if sequence.request.returns:
+            idle.promise(mine[:])
         mine.reverse()
         if refs[mine[-1]] > 1:  # others use the first of them, and perhaps more
             alone = 0

@@ -69,6 +69,7 @@ class Cluster:
         return SimWorker(
             number, loop, self.cost, blocks=self.blocks, block_size=self.block_size, unit_tokens=self.unit_tokens,
             block_bytes=self.block_bytes, chunk_tokens=self.settings.chunk_tokens, max_batch=self.settings.max_batch,
+            eviction=self.settings.eviction,
         )  # fmt: skip
 
 
@@ -93,6 +94,7 @@ def requests_of(trace: Trace, settings: Settings) -> Callable[[int], Request]:
     slos = {name: settings.slo_of(name) for name in set(trace.klass or ()) | {"realtime"}}
     output, prompt, hashes, offsets = trace.output, trace.prompt, trace.hashes, trace.offsets
     tenants, classes, sessions = trace.tenant, trace.klass, trace.session
+    returns = trace.returns
     hashed = bool(trace.block_tokens)
 
     def make(i: int) -> Request:
@@ -110,6 +112,7 @@ def requests_of(trace: Trace, settings: Settings) -> Callable[[int], Request]:
             klass=klass,
             tenant=tenants[i] if tenants is not None else "",
             session=sessions[i] if sessions is not None else "",
+            returns=returns is not None and returns[i],
         )
 
     return make

@@ -92,6 +92,7 @@ def from_config(path: Path | None, sets: list[str] | None, profile: str | None =
         chunk_tokens=config.worker.chunk_tokens,
         max_batch=config.worker.max_batch,
         block_size=config.worker.block_size,
+        eviction=config.worker.eviction,
         max_queue=config.scheduling.max_queue,
         max_queue_s=slo.max_queue_ms / 1000.0,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from twinpool.errors import ConfigError
+from twinpool.workers.eviction import RULES
 
 BATCH_TTFT_S = 3600.0
 BATCH_ITL_S = 5.0
@@ -40,6 +41,7 @@ class Settings:
     max_batch: int = 256
     block_size: int = 16
     kv_tokens: int = 0  # a worker; 0: what the profile says
+    eviction: str = "lru"  # rule of workers/eviction.py
     closed_form: bool = False  # the profile's fitted formula in place of its measured grid
     max_tokens: int = 0  # what every request asks for at most; 0: the longest output of the trace
     latency_s: float = 100e-6  # one way between router and workers
@@ -63,6 +65,8 @@ class Settings:
                 f"{self.prefill} prefill and {self.decode} decode workers cannot serve: both pools need one, "
                 "or give --both workers, which do everything"
             )
+        if self.eviction not in RULES:
+            raise ConfigError(f"no eviction rule {self.eviction!r}: there are {', '.join(RULES)}")
         for name in ("ttft_s", "itl_s", "chunk_tokens", "max_batch", "block_size", "max_queue"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be above 0")

@@ -44,6 +44,7 @@ class Trace:
     klass: list[str] | None = None
     session: list[str] | None = None
     tail: array[int] | None = None  # id of the partly filled last block, NO_TAIL where there is none
+    returns: list[bool] | None = None  # the request says that its conversation will come back (returns.py)
 
     def __len__(self) -> int:
         return len(self.arrival)
@@ -60,7 +61,8 @@ class Trace:
     def check_integrity(self) -> None:
         """Raises ValueError where the columns contradict what their comments say."""
         n = len(self)
-        columns = (self.prompt, self.output, self.after, self.think, self.tenant, self.klass, self.session, self.tail)
+        columns = (self.prompt, self.output, self.after, self.think, self.tenant, self.klass, self.session, self.tail,
+                   self.returns)  # fmt: skip
         if len(self.offsets) != n + 1 or any(column is not None and len(column) != n for column in columns):
             raise ValueError("columns differ in length")
         if n and (self.arrival[0] < 0 or not all(map(le, self.arrival, self.arrival[1:]))):
@@ -125,6 +127,7 @@ def _select(trace: Trace, rows: Sequence[int]) -> Trace:
         klass=_words(trace.klass, rows),
         session=_words(trace.session, rows),
         tail=None if trace.tail is None else _picked(trace.tail, rows),
+        returns=None if trace.returns is None else [trace.returns[i] for i in rows],
     )
 
 
@@ -178,6 +181,7 @@ def _cut(trace: Trace, low: int, high: int, start: float) -> Trace:
         klass=None if trace.klass is None else trace.klass[rows],
         session=None if trace.session is None else trace.session[rows],
         tail=None if trace.tail is None else trace.tail[rows],
+        returns=None if trace.returns is None else trace.returns[rows],
     )
 
 

@@ -41,6 +41,7 @@ class SimWorker:
         block_bytes: int,
         chunk_tokens: int,
         max_batch: int,
+        eviction: str = "lru",
     ) -> None:
         """Raises ValueError where a unit is not made of whole blocks, or there is nothing to work with."""
         if min(blocks, block_size, chunk_tokens, max_batch) < 1 or unit_tokens < 0 or unit_tokens % block_size:
@@ -57,7 +58,7 @@ class SimWorker:
         self._block_bytes = block_bytes
         self._cached_tokens = 0
         self._received_bytes = 0
-        self._memory = Memory(id, blocks, self._unit_blocks, net.kv)
+        self._memory = Memory(id, blocks, self._unit_blocks, net.kv, eviction)
         batch = Batch(cost, self.runs, block_size)
         self._members = Members(id, net, cost, self._memory, batch, block_size, chunk_tokens)
         self._steps = Steps(id, net, cost, self._memory, batch, self._members, max_batch, block_size)

@@ -8,7 +8,7 @@ A block is in exactly one of three states::
 
 A *full* block whose KV is final is *sealed* under its hash and can be found by later prompts. Hashes are chained, so a
 block is of use only while all blocks before it are cached too. Whoever holds a block holds all before it, seals first
-to last, and idle blocks are evicted from the tail of the oldest visit: so what is cached is closed under prefixes.
+to last, and no idle block goes before one that is chained to it: so what is cached is closed under prefixes.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ class BlockPool:
     """Books of ``num_blocks`` blocks of ``block_size`` tokens; holds no KV bytes itself.
 
     ``sums[block]`` is the checksum of a block's bytes, None until the worker sets it (the content must be final then).
+    ``eviction`` names a rule of ``eviction.py``.
     """
 
     __slots__ = (
         "_by_hash", "_free", "_hashes", "_idle", "_refs", "_removed", "_stored", "block_size", "num_blocks", "sums",
     )  # fmt: skip
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, eviction: str = "lru") -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs blocks with tokens, not {num_blocks} blocks of {block_size}")
         self.num_blocks = num_blocks
@@ -63,7 +64,7 @@ class BlockPool:
         self._hashes = [NO_HASH] * num_blocks
         self._by_hash: dict[int, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._idle = EvictionOrder()
+        self._idle = EvictionOrder(eviction)
         self._stored: list[int] = []
         self._removed: list[int] = []
 
@@ -119,6 +120,7 @@ class BlockPool:
                 break
             self._refer(block)
             blocks.append(block)
+        self._idle.found(blocks, len(blocks))
         return blocks
 
     def can_book(self, hashes: Sequence[int], total: int) -> bool:
@@ -180,10 +182,16 @@ class BlockPool:
             if self._refs[block] == 0:
                 self._idle.remove(block)
                 self._free.append(block)
+        self._idle.reset()
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Gives back one reference on each block of a sequence, first to last. Raises ValueError on one too many."""
+    def release(self, blocks: Sequence[int], keep: int = 0) -> None:
+        """Gives back one reference on each block of a sequence, first to last. Raises ValueError on one too many.
+
+        Of the first ``keep`` those that are sealed will be asked for again: the conversation is to come back.
+        """
         refs = self._refs
+        if keep:
+            self._idle.promise([block for block in blocks[:keep] if self._hashes[block] != NO_HASH])
         for block in reversed(blocks):
             if refs[block] < 1:
                 raise ValueError(f"block {block} is released more often than it was taken")

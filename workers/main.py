@@ -41,7 +41,7 @@ async def serve(config: ClusterConfig, *, role: str, name: str, join: str, token
     try:
         await transfer.start()
         blocks = machine.pool.blocks
-        books = BlockPool(blocks, machine.engine.info.block_size)
+        books = BlockPool(blocks, machine.engine.info.block_size, config.worker.eviction)
         scheduler = Scheduler(books, machine.cost, config.worker.chunk_tokens, config.worker.max_batch)
         hello = _hello(config, machine, transfer, role, name, token, epoch)
         parts = Parts(machine.engine, scheduler, machine.pool, transfer, tokenizer)

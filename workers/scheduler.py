@@ -70,7 +70,7 @@ class Scheduler:
         total = self._blocks_for(sequence)
         reserved = self._held.pop(sequence.attempt, None)
         if reserved is not None:
-            self.pool.release(reserved.table)
+            self.pool.release(reserved.table, reserved.keep)
             if self.pool.can_book(self._reusable(sequence), len(reserved.table)):
                 total = max(total, len(reserved.table))
         if not self.pool.can_book(self._reusable(sequence), total):
@@ -81,18 +81,18 @@ class Scheduler:
         put_in_order(self._queues[sequence.rank >= BATCH_RANK], sequence.attempt, sequence)
         return True
 
-    def reserve(self, attempt: int, hashes: Seq[int], blocks: int) -> int | None:
+    def reserve(self, attempt: int, hashes: Seq[int], blocks: int, keep: int = 0) -> int | None:
         """Books ``blocks`` blocks for a sequence to come whose full prompt blocks have ``hashes``.
 
         Returns how many leading ones are here already, None where there is no room. Raises ValueError if the attempt is
-        known here.
+        known here. ``keep``: see Sequence.
         """
         if attempt in self._held or self.sequence(attempt) is not None:
             raise ValueError(f"attempt {attempt} is here already")
         if not self.pool.can_book(hashes, blocks):
             return None
         table, held = self.pool.book(hashes, blocks)
-        self._held[attempt] = Holding(attempt, table, list(hashes[:blocks]), held, held)
+        self._held[attempt] = Holding(attempt, table, list(hashes[:blocks]), held, held, keep)
         return held
 
     def targets(self, attempt: int, first: int, count: int) -> list[int]:
@@ -223,7 +223,7 @@ class Scheduler:
         holding = self._held.pop(attempt, None)
         if holding is None:
             return False
-        self.pool.release(holding.table)
+        self.pool.release(holding.table, holding.keep)
         return True
 
     def cancel(self, attempt: int) -> bool:
@@ -352,7 +352,7 @@ class Scheduler:
         for sequence in step.decodes:
             sequence.in_step = False
         for sequence in self._leaving.values():
-            self.pool.release(sequence.table)
+            self.pool.release(sequence.table, sequence.keep)
         self._leaving = {}
 
     def _advance_prompt(self, chunk: Chunk, outcome: Outcome) -> None:
@@ -376,15 +376,15 @@ class Scheduler:
 
     def _hold(self, sequence: Sequence) -> None:
         received = -(-sequence.computed // self.pool.block_size)
-        holding = Holding(sequence.attempt, sequence.table, sequence.hashes, received, sequence.sealed)
-        self._held[sequence.attempt] = holding
+        held = Holding(sequence.attempt, sequence.table, sequence.hashes, received, sequence.sealed, sequence.keep)
+        self._held[sequence.attempt] = held
 
     def _drop(self, sequence: Sequence) -> None:
         sequence.cancelled = True
         if sequence.in_step:
             self._leaving[sequence.attempt] = sequence
         else:
-            self.pool.release(sequence.table)
+            self.pool.release(sequence.table, sequence.keep)
 
     def _seal_computed(self, sequence: Sequence) -> None:
         full = sequence.computed // self.pool.block_size

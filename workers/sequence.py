@@ -32,6 +32,7 @@ class Sequence:
     rank: int = 0  # class: 0 realtime, 1 streaming, 2 batch
     transfer: bool = False  # PREFILL: announce finished blocks
     payload: object | None = None  # the worker's own data, never looked at
+    keep: int = 0  # leading blocks that will be asked for again: its conversation is to come back
 
     prompt_len: int = field(init=False)  # tokens to compute before the first one is drawn
     computed: int = field(default=0, init=False)
@@ -62,6 +63,7 @@ class Holding:
     hashes: list[int]
     received: int
     sealed: int
+    keep: int = 0  # see Sequence
     early: set[int] = field(default_factory=set)
 
 

@@ -141,7 +141,7 @@ class Worker:
     def _reserve(self, frame: frames.Reserve) -> None:
         reusable = tokens_from_bytes(frame.prompt)[:-1]  # the last token's block always moves, so it needs a place
         hashes = blockhash.block_hashes(self._key(frame.salt), reusable, self._info.block_size)
-        held = self._scheduler.reserve(frame.attempt, hashes, frame.blocks)
+        held = self._scheduler.reserve(frame.attempt, hashes, frame.blocks, frame.keep)
         if held is None:
             self._send(frames.NoRoom(attempt=frame.attempt, free=self._scheduler.pool.free_blocks))
             return
@@ -217,6 +217,7 @@ class Worker:
             rank=frame.rank,
             transfer=transfer,
             payload=output,
+            keep=frame.keep,
         )
 
     def _pull(self, frame: frames.Pull) -> None:

@@ -50,6 +50,13 @@ def name(field: str, value: str) -> str:
     return value
 
 
+def yes_or_no(field: str, value: str) -> bool:
+    """What a caller says by metadata."""
+    if value not in ("yes", "no"):
+        raise bad(field, f"{field} must be yes or no, got {value[:100]!r}")
+    return value == "yes"
+
+
 def positive(field: str, value: float) -> float:
     """A finite number above 0."""
     if not (math.isfinite(value) and value > 0):

@@ -40,6 +40,7 @@ class Caller:
     tenant: str = ""
     klass: str = ""  # empty: the default class
     session: str = ""
+    returns: bool = False  # its conversation will come back
     trace: str = ""
     request_id: str = ""
     deadline_at: float | None = None
@@ -103,6 +104,7 @@ def caller_of(metadata: Iterable[Any] | None, remaining_s: float | None) -> Call
         tenant=checks.name("tenant", values.get("x-twinpool-tenant", "")),
         klass=values.get("x-twinpool-class", ""),
         session=checks.name("session", values.get("x-twinpool-session", "")),
+        returns=checks.yes_or_no("returns", values.get("x-twinpool-returns", "no")),
         request_id=values.get("x-request-id", ""),
         trace=trace if _TRACEPARENT.fullmatch(trace) else "",
         deadline_at=deadline_at(remaining_s),
@@ -160,6 +162,7 @@ class Intake:
             max_queue_s=(ask.max_queue_ms or self._config.scheduling.classes[klass].max_queue_ms) / 1000,
             resumed=ask.resumed,
             session=caller.session,
+            returns=caller.returns,
             trace=caller.trace,
         )
         return Order(request_id, params.seed, ask.stream, model, caller, _sequences(base, n))

@@ -72,6 +72,9 @@ class WorkerConfig(Section):
         ge=1,
         description="KV pool of one worker; empty: on CPUs 1.25 contexts, on GPUs 85 % of what is free",
     )
+    eviction: Literal["lru", "segmented", "frequency"] = Field(
+        "lru", description="which cached blocks go first; see docs/simulator.md for what it is worth"
+    )
     chunk_tokens: int = Field(512, ge=1, description="most prompt tokens in one step")
     max_batch: int = Field(64, ge=1, description="most sequences decoding at once")
     step_log: Path | None = Field(None, description="file of one JSON line a step, for `sim calibrate`; empty: none")

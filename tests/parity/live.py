@@ -170,6 +170,7 @@ class Cluster:
             prompt=self._prompts.tokens(i),
             sampling=SamplingParams(max_tokens=self._trace.output[i], ignore_eos=True),
             slo=Slo(settings.ttft_s, settings.ttft_factor, settings.itl_s),
+            returns=self._trace.returns is not None and self._trace.returns[i],
         )
         try:
             stream: Stream | None = self.cell.submit(submission)

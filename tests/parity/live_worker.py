@@ -64,6 +64,11 @@ class Requests(Protocol):
         """Seconds from the end of that one, if that is not before its own arrival."""
         ...
 
+    @property
+    def returns(self) -> list[bool] | None:
+        """Whose conversations are said to come back."""
+        ...
+
     def block_hashes(self, i: int) -> list[int]:
         """Ids of the full blocks of a prompt."""
         ...
@@ -80,6 +85,7 @@ class Settings:
     cost: StepCost = LLAMA_70B_H100_TP4
     chunk_tokens: int = 2048
     max_batch: int = 256
+    eviction: str = "lru"
     latency_s: float = 0.0005
     link_bytes_per_s: float = 25e9
     setup_s: float = 0.0  # of each transfer, after its bytes
@@ -178,7 +184,7 @@ class LiveWorker:
         info = ModelInfo("parity", "parity", "bfloat16", "stand-in", size, self.pool.block_bytes, tokenizer.vocab_size,
                          frames.MAX_CONTEXT, tuple(tokenizer.eos_ids))  # fmt: skip
         engine = EmulatedEngine(info, self.pool.data, settings.cost, 1.0, loop.time, loop.sleep_until)
-        books = BlockPool(settings.blocks, size)
+        books = BlockPool(settings.blocks, size, settings.eviction)
         self.scheduler = Scheduler(books, settings.cost, settings.chunk_tokens, settings.max_batch)
         self.end = End(fabric, number, self.name, self.pool)
         parts = Parts(engine, self.scheduler, self.pool, self.end, tokenizer)

@@ -69,6 +69,16 @@ def test_memory_that_is_too_small_for_all() -> None:
     assert max(seen.attempts for seen in live.requests) > 1, "nobody was preempted"
 
 
+@pytest.mark.parametrize("rule", ["lru", "segmented", "frequency"])
+def test_what_goes_first_when_the_cache_is_full(rule: str) -> None:
+    trace = traffic(120, rate=9.0, seed=8)
+    hinted = replace(trace, returns=[i % 3 == 0 for i in range(len(trace))])
+    settings = replace(BASE, kv_tokens=24 * 512, eviction=rule)
+    live, _ = compare(hinted, settings)
+    assert simulate(trace, settings).log != simulate(hinted, settings).log, "the hints changed nothing"
+    assert sum(seen.cached for seen in live.requests) > 0
+
+
 def test_clients_that_go() -> None:
     trace = traffic(100, rate=9.0, seed=4)
     live, _ = compare(trace, BASE, some_leave(trace))

@@ -24,10 +24,11 @@ class PoolMachine(RuleBasedStateMachine):
     """Owners book paths, seal them block by block and go; every block remembers what was written to it."""
 
     owners = Bundle("owners")
+    eviction = "lru"
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(BLOCKS, 16)
+        self.pool = BlockPool(BLOCKS, 16, self.eviction)
         self.log = KvEventLog(limit=3)
         self.tables: dict[int, list[int]] = {}
         self.paths: dict[int, Path] = {}
@@ -67,9 +68,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.sealed[owner] += 1
         assert self.written[table[index]] == value
 
-    @rule(owner=consumes(owners))
-    def release(self, owner: int) -> None:
-        self.pool.release(self.tables.pop(owner))
+    @rule(owner=consumes(owners), returns=st.booleans())
+    def release(self, owner: int, returns: bool) -> None:
+        self.pool.release(self.tables.pop(owner), len(self.paths[owner]) if returns else 0)
 
     @rule(reset=st.booleans())
     def tell(self, reset: bool) -> None:
@@ -100,5 +101,20 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.free_blocks == BLOCKS
 
 
+class SegmentedMachine(PoolMachine):
+    """The same with two segments."""
+
+    eviction = "segmented"
+
+
+class FrequencyMachine(PoolMachine):
+    """The same with counts."""
+
+    eviction = "frequency"
+
+
 TestBlockPool = PoolMachine.TestCase
-TestBlockPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSegmentedBlockPool = SegmentedMachine.TestCase
+TestFrequencyBlockPool = FrequencyMachine.TestCase
+for case in (TestBlockPool, TestSegmentedBlockPool, TestFrequencyBlockPool):
+    case.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -59,6 +59,8 @@ class Shape:
     latency_s: float = 0.0005
     error: float = 0.0  # of prompt work: sigma of its logarithm
     give_up_after: int = 6  # attempts
+    eviction: str = "lru"
+    returning: int = 0  # every so many-th request says that its conversation comes back; 0: none
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Script:
             i: make(
                 i, self, shape.cost, blocks=shape.blocks, block_size=shape.block_size, unit_tokens=shape.unit_tokens,
                 block_bytes=1000, chunk_tokens=shape.chunk_tokens, max_batch=shape.max_batch,
+                eviction=shape.eviction,
             )
             for i in range(shape.workers)
         }  # fmt: skip
@@ -119,7 +122,10 @@ class Script:
             hashes.append(family << 20 | i if shared else 1 << 40 | rid << 20 | i)
         itl_s, rank = rng.choice(shape.itls), rng.choice([0, 0, 1, 2])
         self.push(rng.uniform(0.0, shape.seconds), self._begin, rid)
-        return Request(rid, prompt, 1, hashes, ttft_s=1.0, ttft_factor=0.0, itl_s=itl_s, rank=rank)
+        returns = shape.returning > 0 and rid % shape.returning == 0
+        return Request(
+            rid, prompt, 1, hashes, ttft_s=1.0, ttft_factor=0.0, itl_s=itl_s, rank=rank, returns=returns
+        )  # fmt: skip
 
     def _plan_faults(self, rng: random.Random) -> None:
         shape = self.shape

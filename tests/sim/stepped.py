@@ -61,6 +61,7 @@ class SteppedWorker:
         block_bytes: int,
         chunk_tokens: int,
         max_batch: int,
+        eviction: str = "lru",
     ) -> None:
         assert unit_tokens in (0, block_size)
         self.id = id
@@ -68,7 +69,7 @@ class SteppedWorker:
         self.net = net
         self.size = block_size
         self.block_bytes = block_bytes
-        self.pool = BlockPool(blocks, block_size)
+        self.pool = BlockPool(blocks, block_size, eviction)
         self.scheduler = Scheduler(self.pool, cost, chunk_tokens, max_batch)
         self.cost = cost
         self.factors: dict[int, float] = {}  # of prompts, by attempt
@@ -122,7 +123,7 @@ class SteppedWorker:
 
     def reserve(self, action: ev.SendReserve, now: float) -> None:
         hashes = self.hashes(action.request, action.request.length - 1)
-        held = self.scheduler.reserve(action.attempt, hashes, action.blocks)
+        held = self.scheduler.reserve(action.attempt, hashes, action.blocks, action.request.keep)
         if held is None:
             self.no_room(action.attempt, now)
         else:
@@ -133,8 +134,9 @@ class SteppedWorker:
         mode = Mode.LOCAL if action.decode else Mode.PREFILL
         hashes = self.hashes(request, request.length)
         sequence = Sequence(
-            action.attempt, request.length, hashes, mode, request.itl_s, request.rank, action.transfer, action.attempt
-        )
+            action.attempt, request.length, hashes, mode, request.itl_s, request.rank, action.transfer, action.attempt,
+            request.keep,
+        )  # fmt: skip
         if not self.scheduler.add(sequence, now):
             self.no_room(action.attempt, now)
             return
@@ -177,7 +179,7 @@ class SteppedWorker:
             return
         length = request.prompt_len + request.emitted
         hashes = self.hashes(request, length)
-        sequence = Sequence(action.attempt, length, hashes, Mode.DECODE, request.itl_s, request.rank)
+        sequence = Sequence(action.attempt, length, hashes, Mode.DECODE, request.itl_s, request.rank, keep=request.keep)
         self.jobs[action.attempt] = Job(request, self.net.outputs[request.rid] - request.emitted)
         self.decodes[action.attempt] = sequence
         self.received(action.attempt, now)

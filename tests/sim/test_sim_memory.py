@@ -11,13 +11,15 @@ from tests.router.fake_worker import request_of
 from twinpool.sim.memory import Memory, next_news
 from twinpool.sim.sequence import HELD, Sequence
 from twinpool.workers.blocks import BlockPool
+from twinpool.workers.eviction import RULES
 
 Told = list[tuple[list[int], list[int], float]]
 
 
-def memory_of(blocks: int, unit_blocks: int) -> tuple[Memory, Told]:
+def memory_of(blocks: int, unit_blocks: int, rule: str = "lru") -> tuple[Memory, Told]:
     told: Told = []
-    return Memory(0, blocks, unit_blocks, lambda _, stored, removed, due: told.append((stored, removed, due))), told
+    memory = Memory(0, blocks, unit_blocks, lambda _, stored, removed, due: told.append((stored, removed, due)), rule)
+    return memory, told
 
 
 def sequence_of(hashes: list[int], blocks: int = 0) -> Sequence:
@@ -36,8 +38,8 @@ def chain(rng: random.Random) -> list[int]:
 class Pooled:
     """BlockPool, used as the scheduler uses it."""
 
-    def __init__(self, blocks: int) -> None:
-        self.pool = BlockPool(blocks, 16)
+    def __init__(self, blocks: int, rule: str) -> None:
+        self.pool = BlockPool(blocks, 16, rule)
         self.tables: dict[int, list[int]] = {}
         self.anonymous = 1 << 61
 
@@ -53,19 +55,20 @@ class Pooled:
             self.anonymous += 1
             table[i] = self.pool.seal(table[i], hashes[i] if i < len(hashes) else self.anonymous)
 
-    def release(self, key: int) -> None:
-        self.pool.release(self.tables.pop(key))
+    def release(self, key: int, keep: int) -> None:
+        self.pool.release(self.tables.pop(key), keep)
 
     def cached(self) -> set[int]:
         return {value for value in self.pool.cached_hashes() if not value >> 61 & 1}
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_units_of_one_block_are_what_the_pool_does(seed: int) -> None:
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", range(30))
+def test_units_of_one_block_are_what_the_pool_does(seed: int, rule: str) -> None:
     rng = random.Random(seed)
     blocks = rng.choice([10, 30, 80])
-    memory, told = memory_of(blocks, 1)
-    pooled = Pooled(blocks)
+    memory, told = memory_of(blocks, 1, rule)
+    pooled = Pooled(blocks, rule)
     here: dict[int, Sequence] = {}
     index: set[int] = set()
     for key in range(300):
@@ -92,7 +95,8 @@ def test_units_of_one_block_are_what_the_pool_does(seed: int) -> None:
                     memory.seal(sequence, min(end, len(sequence.hashes)))
             else:
                 del here[key]
-                pooled.release(key)
+                sequence.request.returns = rng.random() < 0.4
+                pooled.release(key, sequence.request.keep)
                 memory.release(sequence)
         assert memory.available == pooled.pool.free_blocks
         assert memory.cached_units == len(pooled.cached())

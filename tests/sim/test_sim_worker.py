@@ -16,6 +16,7 @@ from twinpool.cost_grid import GridCost, Grids
 from twinpool.router import events as ev
 from twinpool.sim.gaps import Runs
 from twinpool.sim.worker import SimWorker
+from twinpool.workers.eviction import RULES
 
 EXACT_S = 1e-9
 SMALL = StepCost(c0=1e-3, a=2e-4, b=3e-6, d0=4e-3, d1=1e-4, d2=1e-6)
@@ -52,6 +53,8 @@ def shape_of(seed: int) -> Shape:
         itls=rng.choice([(0.02, 0.05, math.inf), (0.005,), (math.inf,)]),
         faults=rng.choice([0.0, 0.3]),
         deaths=rng.choice([0, 1]),
+        eviction=rng.choice(list(RULES)),
+        returning=rng.choice([0, 1, 2, 3]),
     )
 
 

@@ -22,6 +22,7 @@ from twinpool.cli.common import ConfigFile, SetOptions, reporting
 from twinpool.errors import ConfigError
 from twinpool.sim.scenario import from_config, with_scenario
 from twinpool.sim.settings import DEFAULT_PROFILE, Settings
+from twinpool.workers.eviction import RULES
 
 if TYPE_CHECKING:  # numpy and the router's core take half a second to import: only commands that simulate wait for it
     from twinpool.sim.trace import Trace
@@ -53,6 +54,7 @@ OutputError = Annotated[
 ]
 KvDelayMs = Annotated[float | None, typer.Option(min=0, help="News of prefix caches come so late; 0.")]
 KvLoss = Annotated[float | None, typer.Option(min=0, max=1, metavar="SHARE", help="Of those messages lost; 0.")]
+Eviction = Annotated[str | None, typer.Option(help=f"What leaves the cache first: {', '.join(RULES)}; lru.")]
 Processes = Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one a core.")]
 Scenario = Annotated[
     Path | None,
@@ -211,7 +213,7 @@ def replay(
     slo_itl_ms: ItlMs = None, chunk_tokens: ChunkTokens = None, scenario: Scenario = None, seed: Seed = 0,
     prefill_error: PrefillError = None, output_error: OutputError = None, kv_delay_ms: KvDelayMs = None,
     kv_loss: KvLoss = None, skip_bad: SkipBad = False, json_file: JsonFile = None, config_file: ConfigFile = None,
-    sets: SetOptions = None,
+    sets: SetOptions = None, eviction: Eviction = None,
 ) -> None:  # fmt: skip
     """One run: latencies, attainment, goodput, cache hits."""
     with reporting():
@@ -219,7 +221,8 @@ def replay(
         settings = settings_of(config_file, sets, scenario, param, prefill=prefill, decode=decode, both=both,
                                profile=profile, policy=policy, ttft_ms=slo_ttft_ms, ttft_factor=slo_ttft_factor,
                                itl_ms=slo_itl_ms, chunk_tokens=chunk_tokens, prefill_error=prefill_error,
-                               output_error=output_error, kv_delay_ms=kv_delay_ms, kv_loss=kv_loss)  # fmt: skip
+                               output_error=output_error, kv_delay_ms=kv_delay_ms, kv_loss=kv_loss,
+                               eviction=eviction)  # fmt: skip
         settings = ready(settings, seed)
         loaded = load(trace, screen, limit=limit, spread=spread_timestamps, seed=seed, skip_bad=skip_bad, factor=speed)
         from twinpool.sim import present

@@ -62,13 +62,13 @@ async def test_metadata_deadline_slo_and_salt_reach_the_cell(edge: Any, cell: An
     trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
     metadata = (
         *(("x-request-id", "mine"), ("traceparent", trace)),
-        *(("x-twinpool-tenant", "t"), ("x-twinpool-session", "s")),
+        *(("x-twinpool-tenant", "t"), ("x-twinpool-session", "s"), ("x-twinpool-returns", "yes")),
     )
     request = ask(slo=pb.Slo(ttft_ms=10, ttft_factor=0), cache_salt="pepper", max_queue_ms=1500)
     first, *_ = await events(edge.inference.Generate(request, metadata=metadata, timeout=30))
     submission = cell.streams[0].submission
     assert first.accepted.request_id == submission.request_id == "mine"
-    assert (submission.trace, submission.tenant, submission.session) == (trace, "t", "s")
+    assert (submission.trace, submission.tenant, submission.session, submission.returns) == (trace, "t", "s", True)
     assert (submission.slo.ttft_s, submission.slo.ttft_factor, submission.slo.itl_s) == (0.01, 0.0, 0.25)
     assert (submission.salt, submission.max_queue_s) == ("t\x00pepper", 1.5)
     assert 0 < submission.deadline_s < 31  # on the wire it is rounded up
