@@ -56,7 +56,9 @@ VARIANTS = [
     Variant("LRU, hint: follow-ups come back", "lru", "follow_ups"),
     Variant("frequency with aging, hint: the truth", "frequency", "oracle"),
 ]  # fmt: skip
-HEAD = "| rule | says it will come back | found in the cache | missed an SLO | TTFT mean, ms | p99 |\n" + "|---" * 6 + "|"
+HEAD = (
+    "| rule | says it will come back | found in the cache | missed an SLO | TTFT mean, ms | p99 |\n" + "|---" * 6 + "|"
+)
 
 
 def row(variant: Variant, trace: Trace, settings: Settings) -> str:
