@@ -347,9 +347,10 @@ class Pool:
 
     @property
     def prefill_share(self) -> float:
-        """Share of the prefill workers that have prompts to compute; 1 without any."""
-        busy = sum([1 for worker in self.prefill if worker.prefills or worker.fills])
-        return busy / len(self.prefill) if self.prefill else 1.0
+        """Share of the prefill workers, or of all where there are none, that have prompts to compute."""
+        workers = self.prefill or self.decode
+        busy = sum([1 for worker in workers if worker.prefills or worker.fills])
+        return busy / len(workers) if workers else 1.0
 
     def largest(self, role: str) -> int:
         """KV tokens of the largest worker of a pool; 0 without one."""

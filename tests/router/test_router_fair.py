@@ -11,7 +11,7 @@ from tests.router.fake_worker import request_of
 
 from twinpool.classes import BATCH_RANK
 from twinpool.router.admission import QUANTUM, Queue
-from twinpool.router.fair import Shares
+from twinpool.router.fair import MIN_KEPT, Shares
 from twinpool.router.request import Request
 from twinpool.sim.replay import replay
 from twinpool.sim.settings import Settings
@@ -50,6 +50,21 @@ def test_who_comes_into_an_empty_queue_is_lifted_to_who_left_it() -> None:
     shares.left("a")
     shares.came("b")
     assert shares.had("b") == 100.0
+
+
+def test_counters_of_those_that_went_do_not_pile_up() -> None:
+    shares = Shares()
+    shares.came("stays")
+    shares.charge("stays", 5.0)
+    shares.came("ahead")
+    shares.charge("ahead", 1e9)
+    shares.left("ahead")
+    for i in range(5 * MIN_KEPT):
+        shares.came(f"t{i}")
+        shares.left(f"t{i}")
+    assert len(shares) <= 2 * MIN_KEPT
+    assert shares.had("ahead") > 1e9, "it has had more than its share, and comes back"
+    assert shares.had("stays") == 5.0
 
 
 def test_a_tenant_far_ahead_comes_after_the_others_whatever_its_deadlines() -> None:
