@@ -66,6 +66,7 @@ class Arrival(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     klass: str
     tenant: str
     session: str
+    returns: bool
     give_up: float
     queue_until: float
     resumed: int
@@ -110,8 +111,8 @@ def event_row(event: ev.Event) -> Row:
 def _arrival(request: Request) -> Arrival:
     return Arrival(
         request.rid, request.prompt_len, request.max_tokens, request.hashes, request.ttft_s, request.ttft_factor,
-        request.itl_s, request.rank, request.klass, request.tenant, request.session, request.give_up,
-        request.queue_until, request.emitted,
+        request.itl_s, request.rank, request.klass, request.tenant, request.session, request.returns,
+        request.give_up, request.queue_until, request.emitted,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ class OutStream:
     """
 
     __slots__ = (
-        "_cancel", "_end", "_ids", "_logprobs", "_loop", "_over", "_position", "_shown", "_text", "_waiter",
+        "_cancel", "_end", "_ids", "_logprobs", "_over", "_position", "_shown", "_text", "_waiter",
     )  # fmt: skip
 
     def __init__(self, first_position: int, cancel: Callable[[], None]) -> None:
@@ -33,7 +33,6 @@ class OutStream:
         self._shown = False
         self._end: FinishedOut | TwinpoolError | None = None
         self._over = False  # the reader has the end
-        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._cancel = cancel
 
@@ -80,7 +79,7 @@ class OutStream:
 
     async def __anext__(self) -> TokensOut | FinishedOut:
         while not (self._shown and (self._ids or self._end is not None)):
-            self._waiter = self._loop.create_future()
+            self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self._ids:
             return self._take()

@@ -102,7 +102,8 @@ def ready(settings: Settings, seed: int) -> Settings:
     info = POLICIES.get(settings.policy)
     if info is not None and "seed" in info.parameters:
         settings = replace(settings, parameters={"seed": seed} | settings.parameters)
-    settings = replace(settings, error_seed=seed)
+    if settings.prefill_error or settings.output_error or settings.kv_loss:
+        settings = replace(settings, error_seed=seed)
     make_policy(settings.policy, settings.parameters)
     return with_measured(settings)
 
