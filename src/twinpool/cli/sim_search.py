@@ -16,6 +16,7 @@ from twinpool.cli.sim import (
     Both,
     ChunkTokens,
     Decode,
+    Eviction,
     ItlMs,
     JsonFile,
     KvDelayMs,
@@ -63,6 +64,7 @@ def compare(
     slo_itl_ms: ItlMs = None, chunk_tokens: ChunkTokens = None, scenario: Scenario = None, seed: Seed = 0,
     prefill_error: PrefillError = None, output_error: OutputError = None, kv_delay_ms: KvDelayMs = None,
     kv_loss: KvLoss = None, skip_bad: SkipBad = False, processes: Processes = 0, json_file: JsonFile = None,
+    eviction: Eviction = None,
 ) -> None:  # fmt: skip
     """Several policies or configs on the same traffic, side by side; without any, all built-in policies."""
     with reporting():
@@ -70,7 +72,7 @@ def compare(
         flags = {"prefill": prefill, "decode": decode, "both": both, "profile": profile, "ttft_ms": slo_ttft_ms,
                  "ttft_factor": slo_ttft_factor, "itl_ms": slo_itl_ms, "chunk_tokens": chunk_tokens,
                  "prefill_error": prefill_error, "output_error": output_error, "kv_delay_ms": kv_delay_ms,
-                 "kv_loss": kv_loss}  # fmt: skip
+                 "kv_loss": kv_loss, "eviction": eviction}  # fmt: skip
         chosen = _chosen(config or [], policy or [], scenario, seed, flags)
         loaded = load(trace, screen, limit=limit, spread=spread_timestamps, seed=seed, skip_bad=skip_bad)
         from twinpool.sim import present
@@ -120,6 +122,7 @@ def capacity_command(
     scenario: Scenario = None, seed: Seed = 0, prefill_error: PrefillError = None, output_error: OutputError = None,
     kv_delay_ms: KvDelayMs = None, kv_loss: KvLoss = None, skip_bad: SkipBad = False, processes: Processes = 0,
     json_file: JsonFile = None, config_file: ConfigFile = None, sets: SetOptions = None,
+    eviction: Eviction = None,
 ) -> None:  # fmt: skip
     """The largest speed-up of the trace, to 0.5 %, at which the target share of requests meets its SLO."""
     with reporting():
@@ -127,7 +130,8 @@ def capacity_command(
         settings = settings_of(config_file, sets, scenario, param, prefill=prefill, decode=decode, both=both,
                                profile=profile, policy=policy, ttft_ms=slo_ttft_ms, ttft_factor=slo_ttft_factor,
                                itl_ms=slo_itl_ms, chunk_tokens=chunk_tokens, prefill_error=prefill_error,
-                               output_error=output_error, kv_delay_ms=kv_delay_ms, kv_loss=kv_loss)  # fmt: skip
+                               output_error=output_error, kv_delay_ms=kv_delay_ms, kv_loss=kv_loss,
+                               eviction=eviction)  # fmt: skip
         settings = ready(settings, seed)
         loaded = load(trace, screen, limit=limit, spread=spread_timestamps, seed=seed, skip_bad=skip_bad)
         from twinpool.sim.search import capacity, runner
