@@ -1,6 +1,6 @@
 """What goes first when a worker's KV memory is full: LRU, segments, frequency with aging, and what a hint is worth.
 
-    python benchmarks/policy/eviction.py [--traces FOLDER] [--capacity] [--requests 5000] [--prefill 8] [--decode 4]
+    python benchmarks/policy/eviction.py [--traces FOLDER] [--capacity] [--requests 4000] [--prefill 8] [--decode 4]
 
 FOLDER holds mooncake_conversation.jsonl.gz (public); without it only generated traffic is run. (The Azure trace has no
 block hashes, so nothing of it can be found again, whatever is evicted.) Fixed speeds near the capacity of the cluster:
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--capacity", action="store_true")
-    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--prefill", type=int, default=8)
     parser.add_argument("--decode", type=int, default=4)
     parser.add_argument("--processes", type=int, default=0)
