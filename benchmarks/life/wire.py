@@ -1,10 +1,10 @@
 """One HTTP/2 connection for server-streaming gRPC calls, as cheap as it can be: what comes is kept with its time.
 
 A client that measures on the machine it measures must take little of it: where grpc.aio took 83 us of CPU a message,
-this takes 34 (the two in turns, on the same machine). It speaks only what it needs of HTTP/2 (RFC 9113) and gRPC's use of it: it opens streams, sends bodies as
-far as windows allow, answers SETTINGS and PING, and gives the server windows that do not fill. Header blocks are
-written as plain literals (RFC 7541, 6.2.2), and read by nobody: a stream that went well ends with a message that says
-so.
+this takes 34 (the two in turns, on the same machine). It speaks only what it needs of HTTP/2 (RFC 9113) and gRPC's use
+of it: it opens streams, sends bodies as far as windows allow, answers SETTINGS and PING, and gives the server windows
+that do not fill. Header blocks are written as plain literals (RFC 7541, 6.2.2), and read by nobody: a stream that went
+well ends with a message that says so.
 """
 
 from __future__ import annotations
