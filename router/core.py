@@ -126,7 +126,8 @@ class Core:
             state.refuse(request, "INVALID_ARGUMENT", "KV_TOO_SMALL", problem, now)
         else:
             state.enqueue(request, now)
-            self._newcomer = request
+            if request.rank < BATCH_RANK:  # others wait until little else is computed, whoever comes
+                self._newcomer = request
             for moment in (request.give_up, request.queue_until):
                 state.wake_at(moment, request)
 

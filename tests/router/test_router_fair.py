@@ -7,12 +7,14 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.router.fake_worker import request_of
+from tests.router.core_cell import Cell
+from tests.router.fake_worker import request_of, worker_up
 
 from twinpool.classes import BATCH_RANK
+from twinpool.router import events as ev
 from twinpool.router.admission import QUANTUM, Queue
 from twinpool.router.fair import MIN_KEPT, Shares
-from twinpool.router.request import Request
+from twinpool.router.request import Phase, Request
 from twinpool.sim.replay import replay
 from twinpool.sim.settings import Settings
 from twinpool.sim.trace import Trace
@@ -115,6 +117,26 @@ def test_batch_can_be_left_out() -> None:
     queue.push(waiting(2, 2.0))
     assert order(queue, BATCH_RANK) == [2]
     assert order(queue) == [2, 1] or order(queue) == [1, 2]
+
+
+def test_batch_that_comes_waits_like_the_batch_that_waits() -> None:
+    cell = Cell(workers=False)
+    for number in range(7):
+        cell.on(worker_up(number, "prefill"))
+    cell.on(worker_up(7, "decode"))
+    busy = [request_of(rid) for rid in range(6)]
+    for request in busy:
+        cell.on(ev.Submit(request))
+    assert len({request.prefill for request in busy}) == 6, "one of seven is idle, but 6/7 is above the limit"
+    batch = [request_of(rid) for rid in (6, 7)]
+    for request in batch:
+        request.rank = BATCH_RANK
+        cell.on(ev.Submit(request))
+    assert [request.phase for request in batch] == [Phase.QUEUED, Phase.QUEUED]
+    assert cell.core.state.queue.order(BATCH_RANK) == []
+    cell.on(ev.Reserved(7, busy[0].attempt, 0))
+    cell.on(ev.Emitted(busy[0].prefill, busy[0].attempt, 1))
+    assert batch[0].phase == Phase.PLACED, "5/7 compute: now there is room to fill, in order"
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.floats(0, 100)), max_size=30))
