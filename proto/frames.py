@@ -16,7 +16,7 @@ import msgspec
 from twinpool.cost import StepCost
 from twinpool.sampling import SamplingParams, TokenLogprob
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 4 << 20
 MAX_CONTEXT = 1 << 19  # tokens; MAX_FRAME holds their ids and block columns
 
