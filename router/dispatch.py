@@ -20,6 +20,7 @@ from twinpool.proto import frames
 from twinpool.router import events as ev
 from twinpool.router.cell import CellModel, CellStatus, Submission
 from twinpool.router.core import Core
+from twinpool.router.fanout import Fanout
 from twinpool.router.flow import Flow
 from twinpool.router.links import ROLES, WorkerLink
 from twinpool.router.perform import Performer
@@ -65,6 +66,7 @@ class Dispatcher:
         self._next_rid = 1
         self._refusing = ""
         self._loop = asyncio.get_running_loop()
+        self._fanout = Fanout()
         self._timer: asyncio.TimerHandle | None = None
         self._tick_at = math.inf
         self._performer = Performer(
@@ -96,7 +98,8 @@ class Dispatcher:
         rid = self._next_rid
         self._next_rid += 1
         now = self._clock()
-        flow = Flow(submission, OutStream(len(submission.resumed), lambda: self._on(ev.Cancel(rid))), now)
+        stream = OutStream(len(submission.resumed), lambda: self._on(ev.Cancel(rid)), self._fanout)
+        flow = Flow(submission, stream, now)
         self._flows[rid] = flow
         self._by_key[submission.request_id] = rid
         request = self._request(rid, submission, now)

@@ -12,20 +12,21 @@ from collections.abc import Callable
 
 from twinpool.errors import TwinpoolError
 from twinpool.router.cell import FinishedOut, TokensOut
+from twinpool.router.fanout import Fanout
 from twinpool.sampling import TokenLogprob
 
 
 class OutStream:
     """Implements ``cell.Stream``: filled by the dispatcher, drained by one reader.
 
-    It passes every token, so it is its own iterator and wakes its reader by a bare future.
+    It passes every token, so it is its own iterator and its reader waits for a bare future.
     """
 
     __slots__ = (
-        "_cancel", "_end", "_ids", "_logprobs", "_over", "_position", "_shown", "_text", "_waiter",
+        "_cancel", "_end", "_fanout", "_ids", "_logprobs", "_over", "_position", "_shown", "_text", "_waiter",
     )  # fmt: skip
 
-    def __init__(self, first_position: int, cancel: Callable[[], None]) -> None:
+    def __init__(self, first_position: int, cancel: Callable[[], None], fanout: Fanout) -> None:
         self._position = first_position
         self._ids = array("I")
         self._text = ""
@@ -35,6 +36,7 @@ class OutStream:
         self._over = False  # the reader has the end
         self._waiter: asyncio.Future[None] | None = None
         self._cancel = cancel
+        self._fanout = fanout
 
     def push(self, ids: array[int], text: str, logprobs: tuple[TokenLogprob, ...]) -> None:
         """Add tokens; they are kept until :meth:`show` was called once. ``ids`` is the stream's from now on."""
@@ -45,12 +47,12 @@ class OutStream:
         else:
             self._ids, self._text, self._logprobs = ids, text, logprobs
         if self._shown:
-            self._wake()
+            self._wake(first=False)
 
     def show(self) -> None:
         """Tokens may leave."""
         self._shown = True
-        self._wake()
+        self._wake(first=True)
 
     def finish(self, end: FinishedOut | TwinpoolError) -> None:
         """Nothing comes after this."""
@@ -67,12 +69,11 @@ class OutStream:
         if self._end is None:
             self._cancel()
 
-    def _wake(self) -> None:
+    def _wake(self, *, first: bool) -> None:
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
-            if not waiter.done():  # else the reader was cancelled
-                waiter.set_result(None)
+            self._fanout.wake(waiter, first)
 
     def __aiter__(self) -> OutStream:
         return self

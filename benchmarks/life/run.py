@@ -122,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) if options.keep is None else options.keep
         run = compare(kind, options, root)
-    text = report(run)
+        text = report(run)
     print(text)
     if options.seconds >= FULL_S:
         put(HERE / "results.md", kind.name, text)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from twinpool.errors import ConfigError
 from twinpool.router.cell import Slo, Submission
+from twinpool.router.fanout import Fanout
 from twinpool.router.flow import Flow
 from twinpool.router.request import Request
 from twinpool.router.stream import OutStream
@@ -141,7 +142,7 @@ def log_line(i: int, prompt: int, output: int, hashes: int, arrival: float, outc
         klass="batch",
         session="s",
     )
-    flow = Flow(submission, OutStream(0, lambda: None), arrival)
+    flow = Flow(submission, OutStream(0, lambda: None, Fanout()), arrival)
     flow.output.extend([3] * output)
     request = Request(i, prompt, 50, [(1 << 61) + j for j in range(hashes)], ttft_s=1, ttft_factor=2, itl_s=0.05)
     request.arrival = arrival
