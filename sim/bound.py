@@ -80,7 +80,8 @@ def offer_of(trace: Trace, settings: Settings) -> Offer:
     moves = any(failure.what in ROLE_CHANGES for failure in settings.failures)
     prefill = 0 if moves else settings.prefill
     fleet = Fleet(prefill=prefill, both=settings.workers - prefill, engine=engine)
-    return offer(trace, cost, fleet, Slo(settings.ttft_s - settings.edge_s, settings.ttft_factor, settings.itl_s))
+    least_s = settings.edge_s + min(settings.edge_spread_s, default=0.0)
+    return offer(trace, cost, fleet, Slo(settings.ttft_s - least_s, settings.ttft_factor, settings.itl_s))
 
 
 def bound_of(made: Offer, speed: float) -> Bound:

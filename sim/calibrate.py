@@ -5,6 +5,8 @@ formula is fitted to what is usual among those, their median relative to the for
 and something else on the core, or a first step before everything is warm, only makes a step longer. What all of them
 have in common stays in, and shows as error of the formula. No kind of steps drowns the others: of each, so many at most
 are fitted, evenly spread over the log. Outliers are far from others like them; errors are told of all other steps.
+
+What steps take beyond the usual in the mean, ``late_s``, a profile's steps have on top: a queue feels them all.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ class CostFound:
     outliers: int
     outlier_time_share: float  # of the seconds of all steps
     time_ratio: float  # predicted / taken seconds of all steps, outliers included
+    late_s: float  # mean of what steps take beyond the formula, a stall counted as one step more
     kinds: tuple[KindError, ...]
     most: dict[str, int]  # the largest step: tokens, batch, context
     notices: tuple[str, ...]
@@ -88,7 +91,8 @@ class CostFound:
             "cost": msgspec.to_builtins(self.cost), "mean_error": self.mean_error, "worst_error": self.worst_error,
             "steps": self.steps, "fitted": self.fitted, "outliers": self.outliers,
             "outlier_time_share": self.outlier_time_share, "time_ratio": self.time_ratio,
-            "kinds": [kind._asdict() | {"poor": kind.poor} for kind in self.kinds], "most": self.most,
+            "late_s": self.late_s, "most": self.most,
+            "kinds": [kind._asdict() | {"poor": kind.poor} for kind in self.kinds],
         }  # fmt: skip
 
 
@@ -126,8 +130,12 @@ def _found(cost: StepCost, table: Floats, predicted: Floats, kinds: Ints, good: 
     most = {name: int(table[:, column].max()) for name, column in (("tokens", 0), ("batch", 2), ("context", 3))}
     return CostFound(
         cost, len(table), fitted, int((~good).sum()), float(seconds[~good].sum() / seconds.sum()),
-        float(predicted.sum() / seconds.sum()), errors, most, tuple(_notices(errors)),
+        float(predicted.sum() / seconds.sum()), _late_s(seconds, predicted), errors, most, tuple(_notices(errors)),
     )  # fmt: skip
+
+
+def _late_s(seconds: Floats, predicted: Floats) -> float:
+    return max(0.0, float(np.minimum(seconds - predicted, predicted).mean()))
 
 
 def _kind_error(kind: str, error: Floats) -> KindError:
@@ -242,11 +250,17 @@ def make_profile(
         kv_tokens=kv_tokens, link_bytes_per_s=link, price_per_gpu_hour=like.price_per_gpu_hour if like else None,
         idle_watts_per_gpu=like.idle_watts_per_gpu if like else None,
         busy_watts_per_gpu=like.busy_watts_per_gpu if like else None,
-        fit=StepCost(**{key: float(f"{value:.9g}") for key, value in msgspec.structs.asdict(found.cost).items()}),
+        fit=StepCost(**{key: float(f"{value:.9g}") for key, value in msgspec.structs.asdict(_in_all(found)).items()}),
         fit_mean_error=round(found.mean_error, 5), fit_worst_error=round(found.worst_error, 5),
         source=_sources(found, edge, worker, like, given), edge=edge.edge() if edge is not None else Edge(),
         grids=grids, planned=worker.cost if worker is not None else None,
     )  # fmt: skip
+
+
+def _in_all(found: CostFound) -> StepCost:
+    """The cost of steps that are as late as those measured were, in the mean."""
+    cost = found.cost
+    return msgspec.structs.replace(cost, c0=cost.c0 + found.late_s, d0=cost.d0 + found.late_s)
 
 
 def _first(*values: T | None) -> T | None:

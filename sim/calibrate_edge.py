@@ -13,7 +13,8 @@ outside of the router's core (a caller's network, gRPC, the tokenizer) is not in
 
     outside_s   the client's time to the first token - the router's, which every answer says
 
-is a part of edge_s, too.
+is a part of edge_s, too, and how single requests differ from that median is told as quantiles: of times that wait for
+one another in a router the tail is long.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from twinpool.sim.calibrate_logs import ClientTime, LoggedRequest
 from twinpool.sim.profiles import Edge
 
 ENOUGH = 10  # requests without which nothing is said
+QUANTILES = 64  # of what is outside, evenly spaced
 MOST_POINTS = 400  # transfers whose slopes are compared: 80,000 pairs
 CLEAR = 3.0  # the bytes must explain so many times the scatter of transfer times, or their rate is not told
 
@@ -57,11 +59,14 @@ class EdgeFound:
     link_bytes_per_s: Measured
     requests: int
     outside_s: Measured = NO_CLIENTS  # a part of edge_s
+    spread_s: tuple[float, ...] = ()  # quantiles of what is outside, less their median
 
     def edge(self) -> Edge:
         """What a profile holds of it."""
         rounded = [None if m.value is None else float(f"{m.value:.6g}") for m in self._times()]
-        return Edge(latency_s=rounded[0], edge_s=rounded[1], setup_s=rounded[2])
+        least_s = -(rounded[1] or 0.0)  # no token comes before it is drawn
+        spread = tuple(max(least_s, float(f"{value:.6g}")) for value in self.spread_s)
+        return Edge(latency_s=rounded[0], edge_s=rounded[1], setup_s=rounded[2], edge_spread_s=spread)
 
     def _times(self) -> tuple[Measured, Measured, Measured]:
         return self.latency_s, self.edge_s, self.setup_s
@@ -92,7 +97,16 @@ def measure_edge(
     overhead = _overhead(log, one_way, outside.value or 0.0)
     if overhead.value is None and outside.value is not None:
         overhead = outside._replace(note=f"what is outside of the router alone, for {overhead.note}")
-    return EdgeFound(latency, overhead, setup, rate, len(log), outside)
+    return EdgeFound(latency, overhead, setup, rate, len(log), outside, _spread(clients))
+
+
+def _spread(clients: Sequence[ClientTime]) -> tuple[float, ...]:
+    """Quantiles (i + 0.5) / QUANTILES of what is outside, less the median; none of few clients."""
+    values = np.array([client.outside_s for client in clients])
+    if len(values) < QUANTILES:
+        return ()
+    found = np.quantile(values, (np.arange(QUANTILES) + 0.5) / QUANTILES) - np.median(values)
+    return tuple(found.tolist())
 
 
 def _median(values: list[float], what: str, *, note: str = "") -> Measured:

@@ -9,12 +9,14 @@ CPU decodes one sequence with other kernels than two, and several at another pri
     R(B, K) the slope of decodes over context, among steps of one batch size
     A(x, c) b x (c + x / 2), of that fit, at knots
 
-Times of W never fall: what was measured less for more tokens is noise, and becomes the most of those before it.
+Times of W never fall: what was measured less for more tokens is noise, and becomes the most of those before it. All of
+them have on top what steps take beyond the usual in the mean, as the formula has (calibrate.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -49,7 +51,15 @@ def measured_grids(steps: Steps, formula: StepCost, formula_error: float) -> tup
     prompts = _prompt_cost(mixed, slope)
     grids = _grids(sizes, [_middle(alone, size, slope) for size in sizes], slope, prompts, float(tokens.max()))
     error = mean_error(GridCost(grids), table)
-    return (grids, error) if error < BETTER * mean_error(formula, table) else None
+    return (_in_all(grids, table), error) if error < BETTER * mean_error(formula, table) else None
+
+
+def _in_all(grids: Grids, table: Floats) -> Grids:
+    """The tables with what steps take beyond them in the mean, a stall counted as one step more."""
+    cost = GridCost(grids)
+    predicted = np.array([_predicted(cost, row) for row in table])
+    late_s = max(0.0, float(np.minimum(table[:, 4] - predicted, predicted).mean()))
+    return replace(grids, work_ms=[value + 1e3 * late_s for value in grids.work_ms])
 
 
 def mean_error(cost: GridCost | StepCost, table: Floats) -> float:

@@ -29,7 +29,8 @@ __all__ = [
 class Edge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What messages, transfers and the router itself take besides steps, in seconds; None: not measured."""
 
-    edge_s: float | None = None  # of the router, in each time to the first token
+    edge_s: float | None = None  # of the router, in each time to the first token; its median
+    edge_spread_s: tuple[float, ...] = ()  # quantiles, evenly spaced, of what single ones take more or less than that
     latency_s: float | None = None  # one way between router and workers
     setup_s: float | None = None  # of each transfer
 
@@ -122,7 +123,7 @@ def with_measured(settings: Settings) -> Settings:
     """The settings with what their profile knows of edge, messages and transfers in place of the defaults."""
     edge = load_profile(settings.profile).edge
     defaults = Settings()
-    known = {name: value for name in edge.__struct_fields__ if (value := getattr(edge, name)) is not None}
+    known = {name: value for name in edge.__struct_fields__ if (value := getattr(edge, name)) not in (None, ())}
     return replace(settings, **{n: v for n, v in known.items() if getattr(settings, n) == getattr(defaults, n)})
 
 

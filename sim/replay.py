@@ -32,6 +32,7 @@ from twinpool.sim.trace import Trace
 from twinpool.sim.worker import SimWorker
 
 Watch = Callable[[int, float], None]
+GOLDEN = (5.0**0.5 - 1.0) / 2.0
 FORM = "compiled" if core.__file__.endswith((".so", ".pyd")) else "interpreted"
 
 
@@ -209,8 +210,9 @@ def result_of(loop: Loop, trace: Trace, settings: Settings) -> Result:
         """Of tokens that come through the router's edge."""
         return [when + edge_s if when >= 0.0 else when for when in times] if edge_s else times
 
+    shown = spread(at_edge(record.shown), settings.edge_spread_s)
     columns = Columns(
-        arrival=record.arrival, shown=at_edge(record.shown), ended=at_edge(record.ended), prompt=trace.prompt,
+        arrival=record.arrival, shown=shown, ended=at_edge(record.ended), prompt=trace.prompt,
         output=loop.outputs, cached=record.cached, prefill=record.prefill,
         decode=record.decode, path=record.path, outcome=record.outcome, itl=gaps.worst, max_gap=gaps.longest,
         unloaded=record.unloaded, kv_bytes=record.kv_bytes, transfer_s=record.transferred,
@@ -223,6 +225,18 @@ def result_of(loop: Loop, trace: Trace, settings: Settings) -> Result:
         {"ttft_ms": 1000 * settings.ttft_s, "ttft_factor": settings.ttft_factor, "itl_ms": 1000 * settings.itl_s},
         record.digest, settings=asdict(settings), refusals=record.reasons, compiled=FORM,
     )  # fmt: skip
+
+
+def spread(times: Sequence[float], quantiles: Sequence[float]) -> Sequence[float]:
+    """First tokens (-1: none), each later or earlier by one of the quantiles, all of which come as often.
+
+    By the golden ratio's multiples, which are spread as evenly as can be however many there are.
+    """
+    if not quantiles:
+        return times
+    count = len(quantiles)
+    return [when + quantiles[int((rid * GOLDEN) % 1.0 * count)] if when >= 0.0 else when
+            for rid, when in enumerate(times)]  # fmt: skip
 
 
 def _all(settings: Settings) -> list[tuple[str, tuple[str, ...]]]:

@@ -47,6 +47,7 @@ class Settings:
     latency_s: float = 100e-6  # one way between router and workers
     setup_s: float = 200e-6  # of each transfer
     edge_s: float = 0.0  # of the router's edge, added to each time to the first token
+    edge_spread_s: tuple[float, ...] = ()  # quantiles of what single first tokens take more or less than that
     link_bytes_per_s: float = 0.0  # 0: what the profile says
     max_queue: int = 1024
     max_queue_s: float = 60.0
@@ -73,6 +74,9 @@ class Settings:
         for name in ("ttft_factor", "latency_s", "setup_s", "edge_s", "kv_tokens", "link_bytes_per_s", "max_tokens"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if min(self.edge_spread_s, default=0.0) < -self.edge_s:
+            least = min(self.edge_spread_s)
+            raise ConfigError(f"edge_spread_s: {least} s, together with edge_s, is less than nothing")
         self._check_errors()
 
     def _check_errors(self) -> None:

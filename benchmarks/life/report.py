@@ -70,7 +70,10 @@ def _load(run: Run) -> str:
 def _calibrated(run: Run) -> list[str]:
     fit, edge = run.calibrated["fit"], run.calibrated["edge"]
     kinds = ", ".join(f"{kind['kind']} {kind['mean']:.1%}" for kind in fit["kinds"])
-    lines = [f"- step formula: mean error {fit['mean_error']:.1%} ({kinds}), all steps {fit['time_ratio'] - 1:+.2%}"]
+    lines = [
+        f"- step formula: mean error {fit['mean_error']:.1%} ({kinds}), all steps {fit['time_ratio'] - 1:+.2%}; "
+        f"{1e3 * fit['late_s']:.2f} ms a step are added for that"
+    ]
     for name in ("latency_s", "edge_s", "outside_s", "setup_s"):
         value = edge[name]["value"]
         told = edge[name]["note"] if value is None else f"{1e3 * value:.3f} ms, median of {edge[name]['requests']}"

@@ -84,6 +84,27 @@ def test_noise_outliers_and_a_cold_start_do_not_move_it() -> None:
     assert [kind.kind for kind in found.kinds] == ["prompts alone", "decodes alone", "prompts beside decodes"]
 
 
+def test_steps_of_a_profile_take_as_long_in_all_as_those_measured() -> None:
+    """Every fourth step is 4 ms late: the formula is of the usual ones, a profile's cost of all."""
+    steps, late = Steps(), Steps()
+    for i in range(4000):
+        one = steps_of(LLAMA_70B_H100_TP4, 1, seed=i).at(0)
+        steps.add(one)
+        late.add(one._replace(seconds=one.seconds + (0.004 if i % 4 == 0 else 0.0)))
+    late.add(late.at(7)._replace(seconds=30.0))  # one stall is no reason to make all of them longer
+    found = fit_steps(late)
+    same(found.cost, LLAMA_70B_H100_TP4, 0.01)
+    assert found.late_s == pytest.approx(0.001, rel=0.1)
+    profile = make_profile("x", found, None, None, None, Given(kv_tokens=1000, kv_bytes_per_token=16))
+    lasted = sum(late.at(i).seconds for i in range(len(steps)))
+    predicted = 0.0
+    for one in map(late.at, range(len(steps))):
+        chunks = [(one.tokens, round(one.attention / one.tokens - one.tokens / 2))] if one.tokens else []
+        predicted += profile.fit.step(chunks, one.batch, one.context)
+    assert predicted == pytest.approx(lasted, rel=0.003)
+    assert fit_steps(steps).late_s == pytest.approx(0.0, abs=1e-6)
+
+
 def test_heavy_noise_is_fitted_in_its_middle() -> None:
     draw = random.Random(3)
     steps = steps_of(LLAMA_8B_H100_TP1, 2500)

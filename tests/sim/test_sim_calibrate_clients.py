@@ -9,8 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from twinpool.cli import sim, sim_calibrate  # noqa: F401  # the second adds its command to the first
-from twinpool.sim.calibrate_edge import ENOUGH, measure_edge
+from twinpool.errors import ConfigError
+from twinpool.sim.calibrate_edge import ENOUGH, QUANTILES, measure_edge
 from twinpool.sim.calibrate_logs import ClientTime, LoggedRequest, read_clients
+from twinpool.sim.generate import generate
+from twinpool.sim.replay import replay
+from twinpool.sim.settings import Settings
 from twinpool.sim.trace_columns import TraceError
 
 OUTSIDE, ROUTER, ONE_WAY = 0.0021, 0.0007, 0.001
@@ -46,11 +50,42 @@ def test_what_is_outside_counts_alone_where_no_prompt_had_its_worker_to_itself()
     assert "outside of the router alone" in found.edge_s.note
 
 
+def test_how_clients_differ_is_spread_over_the_first_tokens(tmp_path: Path) -> None:
+    """A tail of one in twenty: the profile has it, and the simulation of it too, around the median as before."""
+    times = [ClientTime(0.2 + (0.1 if i % 20 == 7 else OUTSIDE), 0.2) for i in range(400)]
+    found = measure_edge([logged(i) for i in range(30)], chunk_tokens=2048, kv_bytes_per_token=16, clients=times)
+    edge = found.edge()
+    assert len(edge.edge_spread_s) == QUANTILES
+    assert edge.edge_spread_s[QUANTILES // 2] == pytest.approx(0.0, abs=1e-9)
+    assert edge.edge_spread_s[-1] == pytest.approx(0.1 - OUTSIDE)
+    assert edge.edge_s is not None
+    trace = generate("code", requests=300, seed=3)
+    plain = replay(trace, Settings(prefill=2, decode=2, edge_s=edge.edge_s))
+    wide = replay(trace, Settings(prefill=2, decode=2, edge_s=edge.edge_s, edge_spread_s=edge.edge_spread_s))
+    more = [after - before for after, before in zip(wide.columns.shown, plain.columns.shown, strict=True)]
+    assert sum(one > 0.05 for one in more) / len(more) == pytest.approx(0.05, abs=0.01)
+    assert sum(abs(one) < 1e-6 for one in more) / len(more) == pytest.approx(0.95, abs=0.01)
+    assert wide.figures()["digest"] == plain.figures()["digest"]
+
+
+def test_no_first_token_comes_before_it_is_drawn() -> None:
+    slow = [ClientTime(0.2 + 0.01 + 1e-4 * (i % 7), 0.2) for i in range(100)]
+    quick = [ClientTime(0.2 + 1e-6, 0.2)] * 10
+    crowded = [logged(i, apart=0.01) for i in range(30)]
+    edge = measure_edge(crowded, chunk_tokens=2048, kv_bytes_per_token=16, clients=slow + quick).edge()
+    assert edge.edge_s is not None
+    assert min(edge.edge_spread_s) < -0.009
+    assert edge.edge_s + min(edge.edge_spread_s) >= 0.0
+    with pytest.raises(ConfigError, match="less than nothing"):
+        Settings(edge_s=0.001, edge_spread_s=(-0.002, 0.0))
+
+
 def test_a_few_clients_tell_nothing() -> None:
     few = measure_edge([logged(i) for i in range(30)], chunk_tokens=2048, kv_bytes_per_token=16,
                        clients=clients(ENOUGH - 1))  # fmt: skip
     assert few.outside_s.value is None
     assert few.edge_s.value == pytest.approx(ROUTER)
+    assert few.edge().edge_spread_s == ()
 
 
 def test_the_file_is_checked(tmp_path: Path) -> None:

@@ -136,8 +136,9 @@ def show(found: CostFound, edge: EdgeFound | None, console: Console) -> None:
     console.print(
         f"{found.steps} steps, {found.fitted} of them fitted (evenly over their kinds), {found.outliers} outliers "
         f"with {share:.1%} of the time. All of them together are predicted to take {ratio - 1.0:+.1%} of what they "
-        f"took.\nThe largest had {most['tokens']} prompt tokens, {most['batch']} sequences, {most['context']} "
-        "context tokens: beyond that nothing was measured.",
+        f"took; a profile's steps are {1e3 * found.late_s:.2f} ms longer, so that all take as long.\nThe largest "
+        f"had {most['tokens']} prompt tokens, {most['batch']} sequences, {most['context']} context tokens: beyond that "
+        "nothing was measured.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     if edge is not None:
