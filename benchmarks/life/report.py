@@ -71,8 +71,8 @@ def _calibrated(run: Run) -> list[str]:
     fit, edge = run.calibrated["fit"], run.calibrated["edge"]
     kinds = ", ".join(f"{kind['kind']} {kind['mean']:.1%}" for kind in fit["kinds"])
     lines = [
-        f"- step formula: mean error {fit['mean_error']:.1%} ({kinds}), all steps {fit['time_ratio'] - 1:+.2%}; "
-        f"{1e3 * fit['late_s']:.2f} ms a step are added for that"
+        f"- step formula: mean error {fit['mean_error']:.1%} ({kinds}), all steps {fit['time_ratio'] - 1:+.2%}",
+        f"- so the simulated steps are longer by {1e3 * fit['late_s']:.2f} ms",
     ]
     for name in ("latency_s", "edge_s", "outside_s", "setup_s"):
         value = edge[name]["value"]
