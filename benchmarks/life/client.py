@@ -14,6 +14,8 @@ import asyncio
 import gc
 import time
 from array import array
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +24,7 @@ from wire import Connection, Incoming
 
 from twinpool.client import AsyncClient, request
 from twinpool.proto.twinpool.v1.inference_pb2 import Finished, GenerateEvent
-from twinpool.sim.trace import Trace
+from twinpool.sim.trace import NO_REQUEST, Trace
 
 METHOD = "/twinpool.v1.Inference/Generate"
 FIRST_ORDINARY = 256  # token ids below may be special
@@ -70,11 +72,19 @@ class Answer:
 
 
 def requests_of(trace: Trace, vocab: int, seed: int) -> list[bytes]:
-    """One message a request: random token ids, so no two prompts begin alike, and just so many tokens out."""
+    """One message a request, with just so many tokens out. Equal hash ids are equal tokens; all else is random, so
+    that prompts begin alike where the trace says so and nowhere else.
+    """
     rng = np.random.default_rng(seed)
+    blocks: dict[int, list[int]] = {}
     made = []
-    for prompt, output in zip(trace.prompt, trace.output, strict=True):
-        ids = rng.integers(FIRST_ORDINARY, vocab, prompt).tolist()
+    for i, (prompt, output) in enumerate(zip(trace.prompt, trace.output, strict=True)):
+        ids: list[int] = []
+        for key in trace.block_hashes(i):
+            if key not in blocks:
+                blocks[key] = rng.integers(FIRST_ORDINARY, vocab, trace.block_tokens).tolist()
+            ids += blocks[key]
+        ids += rng.integers(FIRST_ORDINARY, vocab, prompt - len(ids)).tolist()
         made.append(request(token_ids=ids, max_tokens=output, temperature=0.0, ignore_eos=True).SerializeToString())
     return made
 
@@ -124,11 +134,41 @@ async def _drive(address: str, trace: Trace, seed: int) -> list[Answer]:
 
 
 async def _send_all(connection: Connection, trace: Trace, bodies: list[bytes]) -> list[Answer]:
+    if trace.after is not None and trace.think is not None:
+        return await _send_sessions(connection, trace, bodies, trace.after, trace.think)
     began = time.monotonic() + 0.1
     answers = [Answer(began + arrival - trace.arrival[0]) for arrival in trace.arrival]
     for answer, body in zip(answers, bodies, strict=True):
-        await asyncio.sleep(max(0.0, answer.due - time.monotonic()))
-        answer.sent = time.monotonic()
-        answer.incoming = connection.send(body)
+        await _send(connection, answer, body)
     await connection.idle.wait()
+    return answers
+
+
+async def _send(connection: Connection, answer: Answer, body: bytes) -> None:
+    await asyncio.sleep(max(0.0, answer.due - time.monotonic()))
+    answer.sent = time.monotonic()
+    answer.incoming = connection.send(body)
+
+
+async def _send_sessions(
+    connection: Connection, trace: Trace, bodies: list[bytes], after: Sequence[int], think: Sequence[float]
+) -> list[Answer]:
+    """Who follows another request comes a think time after that one has ended, and not before its own arrival."""
+    began = time.monotonic() + 0.1
+    answers = [Answer(began + arrival - trace.arrival[0]) for arrival in trace.arrival]
+    followers: dict[int, list[int]] = {}
+    for i, before in enumerate(after):
+        followers.setdefault(before, []).append(i)
+    turns: deque[asyncio.Task[None]] = deque()
+
+    async def turn(i: int) -> None:
+        await _send(connection, answers[i], bodies[i])
+        await answers[i].incoming.over.wait()
+        for follower in followers.get(i, ()):
+            answers[follower].due = max(answers[follower].due, time.monotonic() + think[follower])
+            turns.append(asyncio.create_task(turn(follower)))
+
+    turns.extend(asyncio.create_task(turn(i)) for i in followers[NO_REQUEST])
+    while turns:
+        await turns.popleft()
     return answers

@@ -32,6 +32,7 @@ class Incoming:
     payloads: list[bytes] = field(default_factory=list)
     end: bytes = b""  # its last header block
     error: str = ""
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def messages(self) -> list[tuple[float, bytes]]:
         """Its messages, each with the time of the frame that completed it. Raises ValueError for a compressed one."""
@@ -216,6 +217,7 @@ class Connection(asyncio.Protocol):
         self._unsent.pop(number, None)
         if incoming is not None:
             incoming.error = error
+            incoming.over.set()
         if not self._streams:
             self.idle.set()
 
