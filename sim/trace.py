@@ -95,7 +95,7 @@ def by_arrival(trace: Trace) -> Trace:
     arrival = trace.arrival
     if all(map(le, arrival, arrival[1:])):
         return trace
-    return _select(trace, sorted(range(len(trace)), key=arrival.__getitem__))
+    return select(trace, sorted(range(len(trace)), key=arrival.__getitem__))
 
 
 def _after_arrivals(trace: Trace) -> array[float]:
@@ -106,7 +106,7 @@ def _after_arrivals(trace: Trace) -> array[float]:
     return arrival
 
 
-def _select(trace: Trace, rows: Sequence[int]) -> Trace:
+def select(trace: Trace, rows: Sequence[int]) -> Trace:
     """The requests ``rows``, in that order; whom they follow must be among them, and before them."""
     hashes, offsets = array("q"), array("q", [0])
     for i in rows:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import time
 from array import array
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,9 +89,12 @@ def requests_of(trace: Trace, vocab: int, seed: int) -> list[bytes]:
     return made
 
 
-def drive(address: str, trace: Trace, *, seed: int = 0) -> list[Answer]:
-    """Send the trace, wait for every answer; ``open_answer`` is for later. Raises ConnectionError without a router."""
-    return uvloop.run(_drive(address, trace, seed))
+def drive(address: str, trace: Trace, *, seed: int = 0, until_s: float = math.inf) -> list[Answer]:
+    """Send the trace, wait for every answer; ``open_answer`` is for later. Raises ConnectionError without a router.
+
+    Closed loops stretch: nothing is sent after ``until_s`` seconds, and what was not has no ``sent``.
+    """
+    return uvloop.run(_drive(address, trace, seed, until_s))
 
 
 def open_answer(answer: Answer) -> None:
@@ -114,7 +117,7 @@ def open_answer(answer: Answer) -> None:
     answer.incoming = Incoming()
 
 
-async def _drive(address: str, trace: Trace, seed: int) -> list[Answer]:
+async def _drive(address: str, trace: Trace, seed: int, until_s: float) -> list[Answer]:
     async with AsyncClient(address) as client:
         vocab = (await client.model()).vocab_size
     bodies = requests_of(trace, vocab, seed)
@@ -126,17 +129,17 @@ async def _drive(address: str, trace: Trace, seed: int) -> list[Answer]:
     gc.disable()
     try:
         await asyncio.wait_for(connection.ready.wait(), READY_S)
-        return await _send_all(connection, trace, bodies)
+        return await _send_all(connection, trace, bodies, until_s)
     finally:
         connection.close()
         gc.enable()
         gc.unfreeze()
 
 
-async def _send_all(connection: Connection, trace: Trace, bodies: list[bytes]) -> list[Answer]:
-    if trace.after is not None and trace.think is not None:
-        return await _send_sessions(connection, trace, bodies, trace.after, trace.think)
+async def _send_all(connection: Connection, trace: Trace, bodies: list[bytes], until_s: float) -> list[Answer]:
     began = time.monotonic() + 0.1
+    if trace.after is not None and trace.think is not None:
+        return await _send_sessions(connection, trace, bodies, began, began + until_s)
     answers = [Answer(began + arrival - trace.arrival[0]) for arrival in trace.arrival]
     for answer, body in zip(answers, bodies, strict=True):
         await _send(connection, answer, body)
@@ -151,13 +154,15 @@ async def _send(connection: Connection, answer: Answer, body: bytes) -> None:
 
 
 async def _send_sessions(
-    connection: Connection, trace: Trace, bodies: list[bytes], after: Sequence[int], think: Sequence[float]
+    connection: Connection, trace: Trace, bodies: list[bytes], began: float, until: float
 ) -> list[Answer]:
     """Who follows another request comes a think time after that one has ended, and not before its own arrival."""
-    began = time.monotonic() + 0.1
+    assert trace.after is not None
+    assert trace.think is not None
+    think = trace.think
     answers = [Answer(began + arrival - trace.arrival[0]) for arrival in trace.arrival]
     followers: dict[int, list[int]] = {}
-    for i, before in enumerate(after):
+    for i, before in enumerate(trace.after):
         followers.setdefault(before, []).append(i)
     turns: deque[asyncio.Task[None]] = deque()
 
@@ -166,7 +171,8 @@ async def _send_sessions(
         await answers[i].incoming.over.wait()
         for follower in followers.get(i, ()):
             answers[follower].due = max(answers[follower].due, time.monotonic() + think[follower])
-            turns.append(asyncio.create_task(turn(follower)))
+            if answers[follower].due <= until:
+                turns.append(asyncio.create_task(turn(follower)))
 
     turns.extend(asyncio.create_task(turn(i)) for i in followers[NO_REQUEST])
     while turns:

@@ -36,7 +36,7 @@ from twinpool.sim.replay import FORM, replay
 from twinpool.sim.result import Result
 from twinpool.sim.scenario import from_config
 from twinpool.sim.settings import Settings
-from twinpool.sim.trace import Trace
+from twinpool.sim.trace import Trace, select
 
 HERE = Path(__file__).parent
 POLICIES = ("least_seconds", "dynamo", "least_requests", "round_robin")
@@ -44,8 +44,8 @@ LOAD, TARGET, ALLOWED = 0.8, 0.99, 0.10
 FULL_S, SEED = 600.0, 11
 LONGEST = 0.1  # share of a request's gaps
 HEAD = (
-    "| policy | TTFT p99 live, ms | simulated | off | met both SLOs, live | simulated | off | failed | router, cores "
-    "| simulation |"
+    "| policy | requests | TTFT p99 live, ms | simulated | off | met both SLOs, live | simulated | off | failed "
+    "| router, cores | simulation |"
 )
 CONFIG = """\
 apiVersion: twinpool/v1
@@ -73,6 +73,7 @@ class Outcome:
     policy: str
     late_s: tuple[float, float]  # live, simulated
     met: tuple[float, float]
+    requests: int
     failed: int
     router: float  # cores
 
@@ -85,10 +86,10 @@ class Outcome:
         """A row."""
         late, met = self.off
         far = max(abs(late), abs(met)) > ALLOWED
+        ttft_ms = f"{1e3 * self.late_s[0]:,.0f} | {1e3 * self.late_s[1]:,.0f} | {late:+.1%}"
         return (
-            f"| {self.policy} | {1e3 * self.late_s[0]:,.0f} | {1e3 * self.late_s[1]:,.0f} | {late:+.1%} "
-            f"| {self.met[0]:.2%} | {self.met[1]:.2%} | {met:+.1%} | {self.failed} | {self.router:.2f} "
-            f"| {'**too far**' if far else 'near'} |"
+            f"| {self.policy} | {self.requests:,} | {ttft_ms} | {self.met[0]:.2%} | {self.met[1]:.2%} | {met:+.1%} "
+            f"| {self.failed} | {self.router:.2f} | {'**too far**' if far else 'near'} |"
         )
 
 
@@ -102,9 +103,9 @@ def main() -> None:
         trace = generate(options.kind, seconds=options.seconds, rate=rate, seed=SEED)
         outcomes = []
         for policy, config in configs.items():
-            outcomes.append(measure(policy, config, trace, Logs(root / policy), options.prefer))
+            outcomes.append(measure(policy, config, trace, Logs(root / policy), options.prefer, options.seconds))
             print(outcomes[-1].text(), flush=True)
-    good, text = report(outcomes, options, rate, trace)
+    good, text = report(outcomes, options, rate)
     print(text)
     if options.seconds >= FULL_S:
         (HERE / "policies.md").write_text(text, encoding="utf-8")
@@ -145,18 +146,20 @@ def _most(kind: str, settings: Settings) -> float:
     return low
 
 
-def measure(policy: str, config: Path, trace: Trace, logs: Logs, prefer: bool) -> Outcome:
-    """Live, and then its simulation."""
-    answers = live(config, trace, logs, prefer)
+def measure(policy: str, config: Path, trace: Trace, logs: Logs, prefer: bool, seconds: float) -> Outcome:
+    """Live for so many seconds, and then the simulation of the requests that were sent."""
+    answers = live(config, trace, logs, prefer, seconds)
     calibrate(KINDS["emulated"], logs)
-    sent = as_sent(replace(trace, after=None, think=None), answers)
+    rows = [i for i, answer in enumerate(answers) if answer.sent]
+    answers = [answers[i] for i in rows]
+    sent = as_sent(select(replace(trace, after=None, think=None), rows), answers)
     simulated = simulate(config, logs.profile, sent)
     in_order = sorted(answers, key=lambda answer: answer.sent)
     ttft = [answer.ttft_s for answer in in_order if not answer.error]
     late_s = quantile(np.sort(ttft), 0.99), float(simulated.summary()["ttft_ms"]["p99"]) / 1e3
     met = _met(in_order, simulated), float(simulated.summary()["attainment"])
     cores = json.loads(logs.cores.read_text(encoding="utf-8"))
-    return Outcome(policy, late_s, met, sum(bool(answer.error) for answer in answers), cores["router"])
+    return Outcome(policy, late_s, met, len(answers), sum(bool(answer.error) for answer in answers), cores["router"])
 
 
 def _met(answers: Sequence[Answer], simulated: Result) -> float:
@@ -170,7 +173,7 @@ def _met(answers: Sequence[Answer], simulated: Result) -> float:
     return good / len(answers)
 
 
-def report(outcomes: list[Outcome], options: argparse.Namespace, rate: float, trace: Trace) -> tuple[bool, str]:
+def report(outcomes: list[Outcome], options: argparse.Namespace, rate: float) -> tuple[bool, str]:
     """Whether all is as asked, and the text."""
     ours, *others = outcomes
     ahead = all(ours.late_s[0] < other.late_s[0] and ours.met[0] >= other.met[0] for other in others)
@@ -178,10 +181,10 @@ def report(outcomes: list[Outcome], options: argparse.Namespace, rate: float, tr
     load = f"{rate:.2f} requests a second"
     if options.rate is None:
         load += f", {LOAD:.0%} of what {ours.policy} serves in time by its simulation ({FORM})"
-    what = f"{options.kind} traffic, {len(trace)} requests in {options.seconds:g} s: {load}."
+    what = f"{options.kind} traffic, sent for {options.seconds:g} s: {load}."
     lines = ["# Live: the policies on real time", ""]
     lines += [f"`python benchmarks/life/policies.py{' --prefer' if options.prefer else ''}`", "", describe(), ""]
-    lines += [f"4 prefill + 2 decode workers, {what}", "", HEAD, "|" + "---|" * 10]
+    lines += [f"4 prefill + 2 decode workers, {what}", "", HEAD, "|" + "---|" * 11]
     lines += [*[outcome.text() for outcome in outcomes], ""]
     lines += [f"{ours.policy} is {'ahead of' if ahead else '**not** ahead of'} all others live, in both.", ""]
     return ahead and near, "\n".join(lines)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -215,8 +216,8 @@ def _half_busy(kind: Kind, config: Path, whole: Trace, root: Path, options: argp
     return low
 
 
-def live(config: Path, trace: Trace, logs: Logs, prefer: bool) -> list[Answer]:
-    """A cluster of its own serves the trace."""
+def live(config: Path, trace: Trace, logs: Logs, prefer: bool, until_s: float = math.inf) -> list[Answer]:
+    """A cluster of its own serves the trace; ``until_s``: see ``drive``."""
     logs.folder.mkdir(parents=True, exist_ok=True)
     for file in (logs.steps, logs.requests):
         file.unlink(missing_ok=True)
@@ -224,12 +225,13 @@ def live(config: Path, trace: Trace, logs: Logs, prefer: bool) -> list[Answer]:
     with cluster(*flags) as addresses, preferred(_processes().values(), prefer):
         drive(addresses["inference"], evenly(traces.limit(trace, WARM), WARM_RATE), seed=1)
         before, began = _cpu_s(), time.monotonic()
-        answers = drive(addresses["inference"], trace, seed=2)
+        answers = drive(addresses["inference"], trace, seed=2, until_s=until_s)
         seconds = time.monotonic() - began
         cores = {name: (used - before[name]) / seconds for name, used in _cpu_s().items()}
     logs.cores.write_text(json.dumps(cores), encoding="utf-8")
     for answer in answers:
-        open_answer(answer)
+        if answer.sent:
+            open_answer(answer)
     times = [
         {"ttft_s": answer.ttft_s, "router_ttft_s": answer.last.timing.ttft_ms / 1e3}
         for answer in answers
