@@ -25,7 +25,7 @@ COMPILED = [  # below src/twinpool
     *(f"router/policy/{name}" for name in ("base", "least_seconds")),
     *(f"sim/{name}" for name in ("decode", "kv_feed", "links", "loop", "members", "memory", "prompts", "record")),
     *(f"sim/{name}" for name in ("seats", "sequence", "steps", "worker")),
-    *(f"workers/{name}" for name in ("chunks", "eviction")),
+    *(f"workers/{name}" for name in ("chunks", "eviction", "pace")),
     "cost_grid",
 ]
 FLAGS = ["-ffp-contract=off"]  # a fused multiply-add rounds once where the interpreter rounds twice

@@ -119,13 +119,15 @@ class Progress(Frame, frozen=True):
     """Prompt tokens computed (or found cached: ``cached``) so far; ``step_s`` sums the steps this attempt was in.
 
     Always sent for the last chunk of a prompt; for an earlier one only where its step took longer or shorter than
-    predicted, or the cached prefix is not what Prefill said.
+    expected, or the cached prefix is not what Prefill said. ``pace``: its last one took so many times as long as by the
+    cost of the Hello, 1 if nothing else is known.
     """
 
     attempt: Attempt
     done: Count
     cached: Count
     step_s: Seconds
+    pace: Seconds
 
 
 class BlocksReady(Frame, frozen=True):

@@ -125,7 +125,9 @@ class Attempts:
         worker = self._state.pool.workers[event.worker]
         if event.done >= request.length and len(worker.prefills) == 1 and not (worker.fills or worker.decodes):
             worker.saw_prefill(request.length - event.cached, event.cached, event.step_s)
-        worker.progress(event.attempt, request.length - event.done, event.done, now)
+        if event.done >= request.length:
+            worker.pace.saw_request(event.pace)
+        worker.progress(event.attempt, request.length - event.done, event.done, event.pace, now)
         if event.done < request.length:  # else its first token, which makes room, is on the way
             self._state.room_changed = True
 

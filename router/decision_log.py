@@ -37,7 +37,7 @@ from twinpool.router.state import Limits
 
 log = logging.getLogger("twinpool.router")
 
-MAGIC = b"twinpool decisions 2\n"  # the number is the format's version
+MAGIC = b"twinpool decisions 3\n"  # the number is the format's version
 MAX_RECORD = 16 << 20  # bytes
 MAX_BACKLOG = 32 << 20  # bytes that wait for the disk
 MAX_WRITE = 1 << 20  # bytes at once, or one record
@@ -77,7 +77,7 @@ STORED_TYPES: dict[str, Any] = {  # of fields of events that are no plain int; c
     "cost": StepCost,
     "worker": Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)],  # a bit of the index's masks: not any number
     **dict.fromkeys(("name", "device", "backend", "reason"), str),
-    **dict.fromkeys(("step_s", "seconds"), float),
+    **dict.fromkeys(("pace", "step_s", "seconds"), float),
     **dict.fromkeys(("reset", "counts"), bool),
     **dict.fromkeys(("stored", "removed"), list[int]),
     "roles": tuple[str, ...],

@@ -264,7 +264,7 @@ class Dispatcher:
             case frames.NoRoom():
                 self._on(ev.NoRoom(link.id, frame.attempt))
             case frames.Progress():
-                self._on(ev.Progressed(link.id, frame.attempt, frame.done, frame.cached, frame.step_s))
+                self._on(ev.Progressed(link.id, frame.attempt, frame.done, frame.cached, frame.step_s, frame.pace))
             case frames.BlocksReady():
                 count = len(frame.blocks) // 4
                 self._on(ev.BlocksReady(link.id, frame.attempt, frame.first, count, frame.blocks, frame.sums))

@@ -161,16 +161,17 @@ class NoRoom(Record):
 
 
 class Progressed(Record):
-    """Prompt tokens computed so far."""
+    """Prompt tokens computed so far; the chunks take ``pace`` times as long as predicted."""
 
-    __slots__ = ("attempt", "cached", "done", "step_s", "worker")
+    __slots__ = ("attempt", "cached", "done", "pace", "step_s", "worker")
 
-    def __init__(self, worker: int, attempt: int, done: int, cached: int, step_s: float) -> None:
+    def __init__(self, worker: int, attempt: int, done: int, cached: int, step_s: float, pace: float) -> None:
         self.worker = worker
         self.attempt = attempt
         self.done = done
         self.cached = cached
         self.step_s = step_s
+        self.pace = pace
 
 
 class BlocksReady(Record):

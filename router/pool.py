@@ -16,6 +16,7 @@ from twinpool.router.request import Bound, Request
 
 PROBE_TOKENS: Final = 512  # by which two measurements of one device are compared
 PACE_WEIGHT: Final = 0.1  # of a new observation
+SPREAD_WEIGHT: Final = 0.02
 OUTLIER: Final = 4.0
 ROUNDING: Final = 1e-9  # seconds
 FAR_TOKENS: Final = 16384  # position in a prompt at which the seconds of a token are looked up a second time
@@ -34,13 +35,24 @@ class Commitment:
 
 
 class Pace:
-    """How much slower than its cost model a kind of device really is: running geometric means of actual/predicted."""
+    """How much slower than its cost model a kind of device really is: running geometric means of actual/predicted.
 
-    __slots__ = ("decode", "prefill")
+    ``spread``: how far single prompts are off by themselves, the running root mean square of ``pace - 1``.
+    """
+
+    __slots__ = ("_square", "decode", "prefill", "spread")
 
     def __init__(self) -> None:
         self.prefill = 1.0
         self.decode = 1.0
+        self.spread = 0.0
+        self._square = 0.0
+
+    def saw_request(self, pace: float) -> None:
+        """A prompt is computed; in its last steps it took so many times as long as predicted."""
+        if pace != 1.0 or self._square:
+            self._square += SPREAD_WEIGHT * ((pace - 1.0) ** 2 - self._square)
+            self.spread = math.sqrt(self._square)
 
     @staticmethod
     def blend(pace: float, actual: float, predicted: float) -> float:
@@ -185,8 +197,8 @@ class Worker:
         self.prefills[attempt] = Commitment(seconds, tokens, cached)
         self.work_s += seconds
 
-    def progress(self, attempt: int, left: int, cached: int, now: float) -> None:
-        """The worker reports ``left`` uncached tokens of a prompt."""
+    def progress(self, attempt: int, left: int, cached: int, pace: float, now: float) -> None:
+        """The worker reports ``left`` uncached tokens of a prompt that takes ``pace`` times as long as by its cost."""
         fill = self.fills.get(attempt)
         if fill is not None:
             self.pending += left - fill.tokens
@@ -197,7 +209,10 @@ class Worker:
             work.tokens = left
             work.cached = cached
             self.work_s -= work.seconds
-            work.seconds = self.prefill_s(left, cached)
+            if pace == 1.0:
+                work.seconds = self.prefill_s(left, cached)
+            else:  # seen of this very prompt: what others were like does not count
+                work.seconds = pace * self.cost.prefill(left, cached, self.chunk_tokens)
             self.work_s += work.seconds
             if attempt == next(iter(self.prefills)):
                 self.since = now

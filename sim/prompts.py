@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Final
 
 from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE, Cost
@@ -12,9 +11,8 @@ from twinpool.sim.memory import Memory
 from twinpool.sim.net import Net
 from twinpool.sim.sequence import GONE, Sequence
 from twinpool.workers.chunks import blocks_to_announce, plan_chunks, put_in_order
+from twinpool.workers.pace import mean_pace, pace_seen
 
-NEWS_S: Final = 0.002  # a step that is off its prediction by more than both is news (workers/worker.py)
-NEWS_SHARE: Final = 0.02
 ZEROS = bytes(1 << 12)  # block columns, of which only the length means anything
 
 
@@ -22,8 +20,8 @@ class Prompts:
     """In order of commitment, batch class last. ``waiting``: how many, those in the step that runs included."""
 
     __slots__ = (
-        "_chunk_tokens", "_cost", "_counts", "_first", "_id", "_last", "_memory", "_net", "_size", "_unit",
-        "chunks", "ready", "tokens", "waiting",
+        "_batch", "_chunk_tokens", "_context", "_cost", "_counts", "_first", "_id", "_last", "_memory", "_net", "_pace",
+        "_size", "_unit", "chunks", "ready", "tokens", "waiting",
     )  # fmt: skip
 
     def __init__(self, id: int, net: Net, cost: Cost, memory: Memory, block_size: int, chunk_tokens: int) -> None:
@@ -37,6 +35,8 @@ class Prompts:
         self._first: dict[int, Sequence] = {}
         self._last: dict[int, Sequence] = {}  # batch class
         self._counts: list[int] = []  # tokens of the chunks
+        self._pace = 1.0  # of the chunks together, as expected
+        self._batch = self._context = 0  # what decodes beside them
         self.waiting = 0
         self.ready: list[Sequence] = []  # have blocks to announce, perhaps
         self.chunks: list[Sequence] = []  # whose chunks are in the step that runs
@@ -72,12 +72,16 @@ class Prompts:
         self._counts = counts = plan_chunks(
             prompts, limit_s, batch, context, self._cost, self._chunk_tokens, self._size
         )
+        self._batch, self._context = batch, context
         parts: list[tuple[int, int]] = []
+        paced = False
         for i, tokens in enumerate(counts):
             sequence = prompts[i]
             sequence.in_step = True
             self.chunks.append(sequence)
             parts.append((tokens, sequence.computed))
+            paced = paced or sequence.pace != 1.0
+        self._pace = mean_pace([(counts[i], prompts[i].pace) for i in range(len(counts))]) if paced else 1.0
         return parts
 
     def stretch(self) -> float:
@@ -92,7 +96,10 @@ class Prompts:
     def computed(self, seconds: float, predicted: float, now: float) -> list[Sequence]:
         """The step of the chunks is over; returns whose prompt is done, in order. Those still wait."""
         done: list[Sequence] = []
-        off = seconds != predicted and abs(seconds - predicted) > max(NEWS_S, NEWS_SHARE * predicted)
+        pace = 0.0
+        if seconds != predicted or self._pace != 1.0:
+            alone = self._cost.decode(self._batch, self._context) if self._batch else 0.0
+            pace = pace_seen(seconds, predicted, alone, self._pace)
         size, unit = self._size, self._unit
         chunks, self.chunks = self.chunks, []
         for i, sequence in enumerate(chunks):
@@ -102,6 +109,8 @@ class Prompts:
             if sequence.state == GONE:
                 continue
             sequence.step_s += seconds
+            if pace > 0.0:
+                sequence.pace = pace
             sequence.computed = computed = sequence.computed + count
             sequence.full = computed // size
             if unit:
@@ -113,11 +122,12 @@ class Prompts:
             last = computed >= sequence.prompt_len
             if last:
                 done.append(sequence)
-            if last or off or sequence.misjudged:
+            if last or pace > 0.0 or sequence.misjudged:
                 sequence.misjudged = False
-                self._net.tell(
-                    ev.Progressed(self._id, sequence.attempt, computed, sequence.cached, sequence.step_s), now
+                progressed = ev.Progressed(
+                    self._id, sequence.attempt, computed, sequence.cached, sequence.step_s, sequence.pace
                 )
+                self._net.tell(progressed, now)
             if sequence.transfer:
                 self.ready.append(sequence)
         return done

@@ -23,8 +23,8 @@ class Sequence:
     __slots__ = (
         "announced", "attempt", "blocks", "cached", "computed", "early", "end", "expects_decode", "fresh", "full",
         "growing", "grows", "hashes", "in_step", "itl_s", "join", "last_s", "left", "length", "local", "low",
-        "misjudged", "order", "prompt_len", "rank", "received", "request", "reusable", "sealed", "state", "step_s",
-        "told", "transfer", "turn", "work",
+        "misjudged", "order", "pace", "prompt_len", "rank", "received", "request", "reusable", "sealed", "state",
+        "step_s", "told", "transfer", "turn", "work",
     )  # fmt: skip
 
     def __init__(self, attempt: int, request: Request, length: int, state: int) -> None:
@@ -50,6 +50,7 @@ class Sequence:
         self.transfer = False
         self.misjudged = False  # the router predicted another cached prefix, and has not heard yet
         self.work = 1.0  # its prompt work takes so many times as long as predicted
+        self.pace = 1.0  # ... and, as far as the worker has seen, so many times
         self.in_step = False  # a chunk of it is computed right now
         # a reservation
         self.reusable = 0  # units that may enter the cache while it is received

@@ -20,7 +20,7 @@ ROUTER_PURE = (
     *("core", "attempt", "state", "request", "events", "admission", "fair", "pool", "kv_index", "policy"),
     *("story", "witness"),
 )
-WORKERS_PURE = ("scheduler", "blocks", "chunks", "eviction", "sequence")
+WORKERS_PURE = ("scheduler", "blocks", "chunks", "eviction", "pace", "sequence")
 EVERYTHING = frozenset(
     {"shared", "proto", "kernels", "router-pure", "router", "workers-pure", "workers", "sim", "client", "top"}
 )

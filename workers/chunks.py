@@ -1,7 +1,8 @@
 """How many prompt tokens go into a step, and whose; and when the blocks they filled are announced.
 
 Where nothing decodes: ``chunk_tokens``. Else the most that keep the step within 0.9 of the tightest ITL SLO of the
-decoding sequences, and no more than that. Of several chunks each gets what the earlier ones leave: their tokens count
+decoding sequences, and no more than that; what a prompt adds to the step is taken to last as many times as predicted as
+it did in its last step (``pace.py``). Of several chunks each gets what the earlier ones leave: their tokens count
 as batch, the time of their attention is taken off. One block is always taken, or a slow worker would starve its
 prompts. Chunks end at block boundaries, but for the last of a prompt; a prompt waits for all committed before it.
 
@@ -27,6 +28,7 @@ class Prompt(Protocol):
 
     computed: int  # tokens that are in KV
     prompt_len: int
+    pace: float  # it takes so many times as long as predicted
 
 
 def plan_chunks(
@@ -48,8 +50,10 @@ def plan_chunks(
     for prompt in prompts:
         start = prompt.computed
         room = chunk_tokens - taken
+        pace = prompt.pace if limit_s < math.inf else 1.0
         if limit_s < math.inf:
-            room = min(room, cost.largest_chunk(limit_s, start, batch, context, taken))
+            within_s = limit_s if pace == 1.0 else _unpaced(limit_s, pace, batch, context, cost)
+            room = min(room, cost.largest_chunk(within_s, start, batch, context, taken))
         if not counts:
             room = max(room, block_size)
         rest = prompt.prompt_len - start
@@ -61,7 +65,20 @@ def plan_chunks(
             break
         taken += count
         limit_s -= cost.attention(count, start)
+        if pace != 1.0:
+            added_s = cost.step([(count, start)], batch, context) - _alone(batch, context, cost)
+            limit_s -= (pace - 1.0) * added_s
     return counts
+
+
+def _alone(batch: int, context: int, cost: Cost) -> float:
+    return cost.decode(batch, context) if batch else 0.0
+
+
+def _unpaced(limit_s: float, pace: float, batch: int, context: int, cost: Cost) -> float:
+    """The predicted seconds of a step that lasts ``limit_s`` where its chunks go at ``pace``."""
+    alone_s = _alone(batch, context, cost)
+    return alone_s + (limit_s - alone_s) / pace
 
 
 def blocks_to_announce(computed: int, prompt_len: int, announced: int, block_size: int) -> int:

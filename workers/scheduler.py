@@ -23,6 +23,7 @@ from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE, Cost
 from twinpool.workers.blocks import BlockPool, IntegrityError
 from twinpool.workers.chunks import blocks_to_announce, plan_chunks, put_in_order
+from twinpool.workers.pace import mean_pace, pace_seen
 from twinpool.workers.sequence import Chunk, Holding, Load, Mode, Outcome, Ready, Sequence, Step
 
 __all__ = ["Chunk", "Holding", "Load", "Mode", "Outcome", "Ready", "Scheduler", "Sequence", "Step"]
@@ -153,14 +154,14 @@ class Scheduler:
         chunks = self._chunks(decodes, context)
         if not (decodes or chunks or preempted):
             return None
-        predicted_s = 0.0
-        if decodes or chunks:
+        alone_s = self.cost.decode(len(decodes), context) if decodes else 0.0
+        predicted_s, pace = alone_s, 1.0
+        if chunks:
             predicted_s = self.cost.step([(c.count, c.start) for c in chunks], len(decodes), context)
-        for sequence in decodes:
+            pace = mean_pace([(c.count, c.sequence.pace) for c in chunks])
+        for sequence in (*decodes, *[chunk.sequence for chunk in chunks]):
             sequence.in_step = True
-        for chunk in chunks:
-            chunk.sequence.in_step = True
-        self._step = Step(chunks, decodes, preempted, predicted_s, now)
+        self._step = Step(chunks, decodes, preempted, predicted_s, alone_s, pace, now)
         return self._step
 
     def done(self, step: Step, now: float) -> Outcome:
@@ -169,9 +170,12 @@ class Scheduler:
         Call ``finish`` next for those whose token ended them. Raises RuntimeError if it is not the planned step.
         """
         self._end(step)
-        outcome = Outcome([], [], [], now - step.started_s)
+        step_s = now - step.started_s
+        pace = pace_seen(step_s, step.predicted_s, step.alone_s, step.pace)
+        outcome = Outcome([], [], [], step_s, news=pace > 0.0)
         for chunk in step.chunks:
             if not chunk.sequence.cancelled:
+                chunk.sequence.pace = pace or chunk.sequence.pace
                 self._advance_prompt(chunk, outcome)
         block_size = self.pool.block_size
         for sequence in step.decodes:
@@ -347,9 +351,7 @@ class Scheduler:
         if step is not self._step:
             raise RuntimeError("this is not the step that runs")
         self._step = None
-        for chunk in step.chunks:
-            chunk.sequence.in_step = False
-        for sequence in step.decodes:
+        for sequence in (*step.decodes, *[chunk.sequence for chunk in step.chunks]):
             sequence.in_step = False
         for sequence in self._leaving.values():
             self.pool.release(sequence.table, sequence.keep)

@@ -43,6 +43,7 @@ class Sequence:
     order: int = field(default=0, init=False)  # of joining this worker
     added_s: float = field(default=0.0, init=False)  # when it joined
     step_s: float = field(default=0.0, init=False)  # seconds of the steps it was in, summed
+    pace: float = field(default=1.0, init=False)  # its prompt takes so many times as long as predicted (pace.py)
     in_step: bool = field(default=False, init=False)
     cancelled: bool = field(default=False, init=False)
 
@@ -87,7 +88,9 @@ class Step:
     chunks: list[Chunk]
     decodes: list[Sequence]
     preempted: list[Sequence]
-    predicted_s: float
+    predicted_s: float  # by the cost
+    alone_s: float  # of them those of the decodes by themselves
+    pace: float  # of the chunks together: they are expected to take so many times as long as predicted
     started_s: float  # the ``now`` of the plan
 
 
@@ -106,6 +109,7 @@ class Outcome(NamedTuple):
     ready: list[Ready]  # blocks to announce
     sampled: list[Sequence]  # drew a token (``length`` counts it): last chunks, then decodes, in the step's order
     step_s: float
+    news: bool  # it took longer or shorter than expected
 
 
 class Load(NamedTuple):

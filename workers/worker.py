@@ -31,8 +31,6 @@ from twinpool.workers.transfer.base import KVTransfer
 
 log = logging.getLogger("twinpool.worker")
 
-NEWS_S, NEWS_SHARE = 0.002, 0.02  # a step that is off its prediction by more than both is news
-
 
 class Sums(Protocol):
     """Checksums of pool blocks."""
@@ -326,9 +324,8 @@ class Worker:
             self._extend_hashes(sequence)
         outcome = self._scheduler.done(step, self._clock())
         self._step_s = outcome.step_s
-        off = abs(outcome.step_s - step.predicted_s) > max(NEWS_S, NEWS_SHARE * step.predicted_s)
         for chunk in step.chunks:
-            self._report_progress(chunk, off)
+            self._report_progress(chunk, outcome.news)
         for sequence in outcome.sampled:
             self._speak(sequence, tokens[sequence.attempt])
         self._outbox.flush(outcome.step_s)
@@ -349,13 +346,14 @@ class Worker:
         if len(sequence.hashes) < sequence.length // size:
             sequence.hashes.append(output.next_hash(sequence.hashes, size))
 
-    def _report_progress(self, chunk: Chunk, off: bool) -> None:
+    def _report_progress(self, chunk: Chunk, news: bool) -> None:
         """Progress is news: the router knows what it predicted, so it hears of the end and of what went differently."""
         s = chunk.sequence
-        if s.cancelled or not (chunk.last or off or s.attempt in self._misjudged):
+        if s.cancelled or not (chunk.last or news or s.attempt in self._misjudged):
             return
         self._misjudged.discard(s.attempt)
-        self._send(frames.Progress(attempt=s.attempt, done=s.computed, cached=s.cached, step_s=s.step_s))
+        progress = frames.Progress(attempt=s.attempt, done=s.computed, cached=s.cached, step_s=s.step_s, pace=s.pace)
+        self._send(progress)
 
     def _speak(self, sequence: Sequence, drawn: Sampled) -> None:
         """Send a drawn token on; free the sequence if it was the last one."""

@@ -5,7 +5,8 @@ chunks must fit beside their decodes. Local wins only if it is earlier than the 
 in time. The decode worker is the one with the least max(ITL ratio, memory ratio).
 
 A request is passed over while a worker that is busy will give its first token earlier, for what it has cached, or where
-all with room are too late. One that can be in time nowhere any more stands behind all that can.
+all with room are too late. One that can be in time nowhere any more stands behind all that can. In time is what still
+is where the prompt takes longer than predicted by as much as prompts usually are off (``Pace.spread``).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Candidate(NamedTuple):
     worker: int
     cached: int
     seconds: float
+    hand_s: float  # by how much a prompt of such seconds usually is off its prediction
 
 
 class Outlook(NamedTuple):
@@ -47,10 +49,11 @@ class Outlook(NamedTuple):
     split: Candidate | None  # the earliest of those with room now
     soonest: float  # of those that are busy beyond the commit horizon
     least: float  # of all that it could ever fit
+    surest: float  # ... with the usual error in hand
     somebody: bool  # one may take prompts now, though perhaps not this one
 
 
-NO_OUTLOOK: Final = Outlook(None, math.inf, math.inf, False)
+NO_OUTLOOK: Final = Outlook(None, math.inf, math.inf, math.inf, False)
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)  # the built-in policy is what others start from
@@ -74,7 +77,7 @@ class LeastSeconds:
         anyway = request.late or request.first_at >= 0.0  # placed as soon as may be: no deadline to meet
         outlook = NO_OUTLOOK if self.paths == "local" else self._outlook(request, stairs, view, now)
         split, somebody = outlook.split, outlook.somebody
-        if split is not None and not anyway and min(request.deadline, outlook.soonest) < split.finish:
+        if split is not None and not anyway and self._better_wait(request, split, outlook.soonest):
             split = None  # a busy worker will be earlier, for what it has cached; or the one with room is too late
         local: Candidate | None = None
         if self.paths != "split":
@@ -85,13 +88,18 @@ class LeastSeconds:
         placement = None if split is None else self._split(request, split, view, now)
         if placement is not None or not somebody:
             return placement
-        return PASSED if anyway else self._judged(request, stairs, outlook.least, view, now)
+        return PASSED if anyway else self._judged(request, stairs, outlook.surest, view, now)
+
+    @staticmethod
+    def _better_wait(request: Request, split: Candidate, soonest: float) -> bool:
+        return soonest < split.finish or request.deadline < split.finish + split.hand_s
 
     def _judged(self, request: Request, stairs: list[Stair], finish: float, view: View, now: float) -> Refusal | Passed:
         """Not placed: whether it can still be in time, and what becomes of it if not."""
         if self.paths != "split" and finish > request.deadline:
             for worker in self._could_serve(request, view.pool.decode, view):
-                finish = min(finish, worker.free_at(now) + self._prompt_s(worker, request, stairs))
+                seconds = self._prompt_s(worker, request, stairs)
+                finish = min(finish, worker.free_at(now) + seconds + worker.pace.spread * seconds)
         late_s = finish - request.deadline
         if late_s <= 0.0:
             return PASSED
@@ -151,7 +159,7 @@ class LeastSeconds:
         fills = request.rank >= BATCH_RANK  # takes only what nobody else does
         best: Candidate | None = None
         somebody = False
-        soonest = least = math.inf
+        soonest = least = surest = math.inf
         alike, seconds, known = -1, 0.0, None  # most workers are of one kind and have none of it cached
         for worker in view.pool.prefill:
             if length > worker.limit:
@@ -165,16 +173,19 @@ class LeastSeconds:
                 alike, known = cached, worker.pace
             free_at = worker.free_at(now)
             finish = free_at + seconds
+            hand_s = worker.pace.spread * seconds
             if finish < least:
                 least = finish
+            if finish + hand_s < surest:
+                surest = finish + hand_s
             if free_at > limit or (fills and (worker.prefills or worker.fills)):
                 if finish < soonest:
                     soonest = finish
             elif not worker.full:
                 somebody = True
                 if worker.booked + length <= worker.limit and (best is None or finish < best.finish):
-                    best = Candidate(finish, worker.id, cached, seconds)
-        return Outlook(best, soonest, least, somebody)
+                    best = Candidate(finish, worker.id, cached, seconds, hand_s)
+        return Outlook(best, soonest, least, surest, somebody)
 
     def _best_local(
         self, request: Request, stairs: list[Stair], outlook: Outlook, view: View, now: float
@@ -209,12 +220,12 @@ class LeastSeconds:
     def _local_candidate(worker: Worker, request: Request, cached: int, alone_s: float, now: float) -> Candidate | None:
         """``alone_s``: seconds without decodes beside the prompt. None where they leave no useful chunk."""
         if not worker.decodes:
-            return Candidate(now + alone_s, worker.id, cached, alone_s)
+            return Candidate(now + alone_s, worker.id, cached, alone_s, 0.0)
         beside = worker.beside(request.itl_s)
         if beside.tokens < MIN_LOCAL_CHUNK:
             return None
         seconds = worker.prompt_s(request.length - cached, cached, request.itl_s)
-        return Candidate(now + beside.load_s / 2 + seconds, worker.id, cached, seconds)
+        return Candidate(now + beside.load_s / 2 + seconds, worker.id, cached, seconds, 0.0)
 
     @staticmethod
     def _prompt_s(worker: Worker, request: Request, stairs: list[Stair]) -> float:

@@ -189,7 +189,7 @@ class FakeWorker:
         self._computing = False
         if self.jobs.get(job.attempt) is job:
             job.computed += tokens
-            self.say(ev.Progressed(self.up.worker, job.attempt, job.computed, 0, TOKEN_S))
+            self.say(ev.Progressed(self.up.worker, job.attempt, job.computed, 0, TOKEN_S, 1.0))
             if job.computed == job.length:
                 self._prompts.remove(job)
                 self._speak(job)

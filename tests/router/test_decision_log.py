@@ -88,7 +88,7 @@ def test_every_event_comes_back(tmp_path: Path) -> None:
     examples: list[ev.Event] = [
         ev.Submit(request), ev.Cancel(7), worker_up(3, "decode"), ev.WorkerLost(3), ev.WorkerDraining(3),
         ev.RolesSet(3, ("prefill",)), ev.Reported(3, 1, 2, 3, 4, 0.1), ev.KvChanged(3, [1 << 63], [2], False),
-        ev.Reserved(3, 4, 5), ev.NoRoom(3, 4), ev.Progressed(3, 4, 5, 6, 0.1),
+        ev.Reserved(3, 4, 5), ev.NoRoom(3, 4), ev.Progressed(3, 4, 5, 6, 0.1, 1.2),
         ev.BlocksReady(3, 4, 5, 1, b"\1\2\3\4", bytes(range(8))), ev.BlocksVerified(3, 4, 5, 6, 7, 0.1, "tcp"),
         ev.BlocksBad(3, 4, "CHECKSUM"), ev.Emitted(3, 4, 1), ev.Ended(3, 4, "stop"),
         ev.AttemptLost(3, 4, "preempted", False), ev.Tick(),

@@ -150,7 +150,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     path.write_bytes(b'{"v": 1}\n')
     with pytest.raises(ConfigError, match="is no decision log"):
         replay_decisions(path)
-    path.write_bytes(MAGIC.replace(b"2", b"3"))
+    path.write_bytes(MAGIC.replace(b"3", b"9"))
     with pytest.raises(ConfigError, match="of another version"):
         replay_decisions(path)
     path.write_bytes(MAGIC + PREFIX.pack(0xFFFFFFFF, 0))

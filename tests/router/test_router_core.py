@@ -21,7 +21,7 @@ def test_path_split() -> None:
     assert (request.phase, request.prefill, request.decode, request.path) == (Phase.PLACED, P, D, "split")
     assert cell.on(ev.Reserved(D, 1, 0)) == [ev.SendPrefill(P, request, 1, False, True)]
     assert phase_of(request) == Phase.PREFILLING
-    assert cell.on(ev.Progressed(P, 1, 8, 4, 0.02)) == []
+    assert cell.on(ev.Progressed(P, 1, 8, 4, 0.02, 1.0)) == []
     assert (request.cached, request.compute_s) == (4, 0.02)
     blocks = ready(1, 0, 2)
     assert cell.on(blocks) == [ev.SendPull(D, 1, P, 0, blocks.blocks, blocks.sums)]
@@ -308,7 +308,7 @@ def test_late_words_of_a_lost_attempt_change_nothing(phase: Phase) -> None:
     cell.on(ev.AttemptLost(D, 1, "ENGINE", True))
     before = (request.phase, request.attempt, request.emitted, request.losses, request.ready)
     for late in (
-        ev.Reserved(D, 1, 0), ev.NoRoom(D, 1), ev.NoRoom(P, 1), ev.Progressed(P, 1, 8, 0, 0.1), ready(1, 0, 2),
+        ev.Reserved(D, 1, 0), ev.NoRoom(D, 1), ev.NoRoom(P, 1), ev.Progressed(P, 1, 8, 0, 0.1, 1.0), ready(1, 0, 2),
         verified(1, 0, 2), ev.BlocksBad(D, 1, "GONE"), ev.Emitted(P, 1, 1), ev.Emitted(D, 1, 1), ev.Ended(D, 1, "stop"),
         ev.AttemptLost(P, 1, "preempted", False), ev.Reserved(7, 2, 0), ev.Ended(7, 2, "stop"),
     ):  # fmt: skip

@@ -39,10 +39,10 @@ def test_progress_replaces_the_prediction() -> None:
     w = worker()
     w.book(1, 1, 100)
     w.commit_prefill(1, 9.0, 100, 0, now=0.0)
-    w.progress(1, 40, 60, now=2.0)
+    w.progress(1, 40, 60, 1.0, now=2.0)
     assert w.free_at(2.0) == pytest.approx(2.0 + COST.prefill(40, 60, 16))
     assert w.free_at(2.01) == pytest.approx(2.0 + COST.prefill(40, 60, 16))
-    w.progress(7, 1, 1, now=2.0)  # not here
+    w.progress(7, 1, 1, 1.0, now=2.0)  # not here
 
 
 def test_news_of_those_behind_leave_the_first_ones_time_alone() -> None:
@@ -52,7 +52,7 @@ def test_news_of_those_behind_leave_the_first_ones_time_alone() -> None:
         w.commit_prefill(attempt, 1.0, 10, 0, now=0.0)
     w.end_prefill(3, 0.8)
     assert w.free_at(0.8) == pytest.approx(2.0)
-    w.progress(2, 0, 10, 0.9)
+    w.progress(2, 0, 10, 1.0, now=0.9)
     assert w.free_at(0.9) == pytest.approx(1.0)
 
 
@@ -150,9 +150,9 @@ class WorkerMachine(RuleBasedStateMachine):
             w.commit_prefill(attempt, COST.prefill(tokens, 0, 16), tokens, 0, self.now)
             assert w.free_at(self.now) == pytest.approx(before + COST.prefill(tokens, 0, 16))
 
-    @rule(attempt=ATTEMPTS, left=st.integers(0, 100))
-    def progress(self, attempt: int, left: int) -> None:
-        self.worker.progress(attempt, left, 10, self.now)
+    @rule(attempt=ATTEMPTS, left=st.integers(0, 100), pace=st.sampled_from((1.0, 1.0, 0.7, 1.3)))
+    def progress(self, attempt: int, left: int, pace: float) -> None:
+        self.worker.progress(attempt, left, 10, pace, self.now)
 
     @rule(attempt=ATTEMPTS, context=st.integers(1, 100))
     def join(self, attempt: int, context: int) -> None:

@@ -257,9 +257,8 @@ class SteppedWorker:
             if len(sequence.hashes) < sequence.length // self.size:
                 sequence.hashes.append(self.unheard_of())
         outcome = self.scheduler.done(step, now)
-        off = abs(outcome.step_s - step.predicted_s) > max(0.002, 0.02 * step.predicted_s)
         for chunk in step.chunks:
-            self.report(chunk, off, now)
+            self.report(chunk, outcome.news, now)
         self.count_gaps([s for s in step.decodes if not s.cancelled])
         over = [sequence for sequence in outcome.sampled if self.drew(sequence, now)]
         for sequence in over:
@@ -269,14 +268,14 @@ class SteppedWorker:
         for ready in outcome.ready:
             self.announce(ready, now)
 
-    def report(self, chunk: Chunk, off: bool, now: float) -> None:
+    def report(self, chunk: Chunk, news: bool, now: float) -> None:
         s = chunk.sequence
         if s.cancelled:
             return
         job = self.jobs[s.attempt]
-        if chunk.last or off or job.misjudged:
+        if chunk.last or news or job.misjudged:
             job.misjudged = False
-            self.tell(ev.Progressed(self.id, s.attempt, s.computed, s.cached, s.step_s), now)
+            self.tell(ev.Progressed(self.id, s.attempt, s.computed, s.cached, s.step_s, s.pace), now)
 
     def drew(self, sequence: Sequence, now: float) -> bool:
         """It drew a token; whether that was its last."""
