@@ -57,6 +57,7 @@ class PromptRow:
     prompt_s: float  # of the prompt, beside what decodes there
     first_s: float  # until the first token: the sum
     slack_s: float  # from then to the request's deadline; negative: late
+    error_s: float  # by which prompts of such seconds usually are off: what must be in hand
     memory: float  # share of the KV tokens that may be booked, with this request
     why_not: str
 
@@ -186,7 +187,8 @@ def _row(
     first_s = wait_s + prompt_s
     memory = (worker.booked + need) / worker.limit
     slack_s = request.deadline - now - first_s
-    return PromptRow(worker.id, worker.name, path, cached, wait_s, prompt_s, first_s, slack_s, memory, why_not)
+    error_s = worker.pace.spread * prompt_s if path == SPLIT else 0.0  # local has a margin of its own
+    return PromptRow(worker.id, worker.name, path, cached, wait_s, prompt_s, first_s, slack_s, error_s, memory, why_not)
 
 
 def row_of(rows: list[PromptRow], placement: Placement) -> PromptRow | None:
@@ -262,6 +264,9 @@ def _why_not_first(request: Request, rows: list[PromptRow], best: PromptRow) -> 
         return f"{busy[0].name} is busy and still earlier: {_ms(busy[0].first_s)}, {_ms(best.first_s)} at {best.name}"
     if best.slack_s < 0.0 and has_deadline:
         return f"{best.name} has room and would be {_ms(-best.slack_s)} late: it waits for another"
+    if best.slack_s < best.error_s and has_deadline:
+        spare, usual = _ms(best.slack_s), _ms(best.error_s)
+        return f"{best.name} has room and {spare} in hand, such prompts are usually off by {usual}: it waits for another"
     return "no decode worker has room, and too much KV waits for one already"
 
 

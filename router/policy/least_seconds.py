@@ -40,7 +40,7 @@ class Candidate(NamedTuple):
     worker: int
     cached: int
     seconds: float
-    hand_s: float  # by how much a prompt of such seconds usually is off its prediction
+    error_s: float  # by how much a prompt of such seconds usually is off its prediction
 
 
 class Outlook(NamedTuple):
@@ -92,7 +92,7 @@ class LeastSeconds:
 
     @staticmethod
     def _better_wait(request: Request, split: Candidate, soonest: float) -> bool:
-        return soonest < split.finish or request.deadline < split.finish + split.hand_s
+        return soonest < split.finish or request.deadline < split.finish + split.error_s
 
     def _judged(self, request: Request, stairs: list[Stair], finish: float, view: View, now: float) -> Refusal | Passed:
         """Not placed: whether it can still be in time, and what becomes of it if not."""
@@ -173,18 +173,18 @@ class LeastSeconds:
                 alike, known = cached, worker.pace
             free_at = worker.free_at(now)
             finish = free_at + seconds
-            hand_s = worker.pace.spread * seconds
+            error_s = worker.pace.spread * seconds
             if finish < least:
                 least = finish
-            if finish + hand_s < surest:
-                surest = finish + hand_s
+            if finish + error_s < surest:
+                surest = finish + error_s
             if free_at > limit or (fills and (worker.prefills or worker.fills)):
                 if finish < soonest:
                     soonest = finish
             elif not worker.full:
                 somebody = True
                 if worker.booked + length <= worker.limit and (best is None or finish < best.finish):
-                    best = Candidate(finish, worker.id, cached, seconds, hand_s)
+                    best = Candidate(finish, worker.id, cached, seconds, error_s)
         return Outlook(best, soonest, least, surest, somebody)
 
     def _best_local(

@@ -127,7 +127,10 @@ class Cluster:
         self._prompts = Prompts(trace, tokenizer.vocab_size)
         self.core = RecordingCore(settings.policy(), settings.limits)
         fabric = Fabric(loop, settings)
-        self.workers = [LiveWorker(loop, fabric, settings, number, tokenizer) for number in range(len(settings.roles))]
+        factors = {self._prompts.tokens(i).tobytes(): factor for i, factor in enumerate(settings.work)}
+        self.workers = [
+            LiveWorker(loop, fabric, settings, number, tokenizer, factors) for number in range(len(settings.roles))
+        ]
         self.cell = Dispatcher(self.core, Roster({}), RequestLog(None), ranks={}, clock=loop.time,
                                transfer_timeout_s=TRANSFER_TIMEOUT_S)  # fmt: skip
         self.requests = [LiveRequest() for _ in trace.arrival]

@@ -19,10 +19,12 @@ from twinpool.router.state import Limits
 from twinpool.sim.links import Links
 from twinpool.tokenizer import Tokenizer
 from twinpool.workers.blocks import BlockPool
-from twinpool.workers.engine.base import ModelInfo
+from twinpool.workers.engine.base import ModelInfo, Row, Sampled
 from twinpool.workers.engine.emulated import FIRST_ORDINARY, SLOT, EmulatedEngine
 from twinpool.workers.link import RouterLink, connect
-from twinpool.workers.scheduler import Scheduler
+from twinpool.workers.output import Output
+from twinpool.workers.scheduler import Scheduler, Step
+from twinpool.workers.scheduler import Sequence as WorkerSequence
 from twinpool.workers.transfer.base import Peer, Pulled
 from twinpool.workers.transfer.pool import HostPool
 from twinpool.workers.worker import Parts, Worker
@@ -98,6 +100,7 @@ class Settings:
     cancels: tuple[tuple[int, float], ...] = ()  # (request, when its client goes)
     deaths: tuple[tuple[int, float], ...] = ()  # (worker, when its link is cut)
     limit_s: float = 100_000.0  # of the virtual clock
+    work: tuple[float, ...] = ()  # by request, how many times as long as predicted its prompt takes; empty: once
 
 
 class Fabric:
@@ -172,20 +175,50 @@ def _give_way(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
+class UnevenEngine(EmulatedEngine):
+    """What prompts add to a step takes as many times as long as ``factors`` says, by prompt, weighted by tokens."""
+
+    scheduler: Scheduler
+    factors: dict[bytes, float]
+
+    async def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
+        """See ``Engine``."""
+        step = self.scheduler._step
+        assert step is not None
+        self._speed = step.predicted_s / self._true_s(step)
+        return await super().run(rows)
+
+    def _true_s(self, step: Step) -> float:
+        if not step.chunks:
+            return step.predicted_s
+        work = sum(chunk.count * self._factor(chunk.sequence) for chunk in step.chunks)
+        stretch = work / sum(chunk.count for chunk in step.chunks)
+        return step.alone_s + (step.predicted_s - step.alone_s) * stretch
+
+    def _factor(self, sequence: WorkerSequence) -> float:
+        output = sequence.payload
+        assert isinstance(output, Output)
+        return self.factors[output.tokens[: output.sample.prompt_len].tobytes()]
+
+
 class LiveWorker:
     """A worker as ``workers/main.py`` puts it together, with an emulated engine on the virtual clock."""
 
     def __init__(
-        self, loop: VirtualLoop, fabric: Fabric, settings: Settings, number: int, tokenizer: Tokenizer
-    ) -> None:
+        self, loop: VirtualLoop, fabric: Fabric, settings: Settings, number: int, tokenizer: Tokenizer,
+        factors: dict[bytes, float],
+    ) -> None:  # fmt: skip
         size = settings.block_size
         self.name = f"w{number}"
         self.pool = HostPool(settings.blocks, size * SLOT.itemsize)
         info = ModelInfo("parity", "parity", "bfloat16", "stand-in", size, self.pool.block_bytes, tokenizer.vocab_size,
                          frames.MAX_CONTEXT, tuple(tokenizer.eos_ids))  # fmt: skip
-        engine = EmulatedEngine(info, self.pool.data, settings.cost, 1.0, loop.time, loop.sleep_until)
+        make = UnevenEngine if factors else EmulatedEngine
+        engine = make(info, self.pool.data, settings.cost, 1.0, loop.time, loop.sleep_until)
         books = BlockPool(settings.blocks, size, settings.eviction)
         self.scheduler = Scheduler(books, settings.cost, settings.chunk_tokens, settings.max_batch)
+        if isinstance(engine, UnevenEngine):
+            engine.scheduler, engine.factors = self.scheduler, factors
         self.end = End(fabric, number, self.name, self.pool)
         parts = Parts(engine, self.scheduler, self.pool, self.end, tokenizer)
         self.worker = Worker(parts, self._send, self._flush, loop.time)

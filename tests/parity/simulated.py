@@ -11,6 +11,7 @@ from twinpool.cost import StepCost
 from twinpool.router import events as ev
 from twinpool.router.policy.registry import make_policy
 from twinpool.sim import replay
+from twinpool.sim.disturbance import work_of
 from twinpool.sim.loop import Loop
 from twinpool.sim.settings import Failure
 from twinpool.sim.settings import Settings as SimSettings
@@ -71,6 +72,7 @@ def live_settings(trace: Trace, settings: SimSettings, cancels: tuple[tuple[int,
         limits=replay.limits_of(settings),
         cancels=cancels,
         deaths=deaths,
+        work=tuple(work_of(trace, settings)),
     )
 
 

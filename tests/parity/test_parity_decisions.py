@@ -97,6 +97,16 @@ def test_requests_of_one_moment() -> None:
     compare(replace(trace, arrival=array("d", [float(int(when)) for when in trace.arrival])), BASE)
 
 
+def test_prompts_that_take_longer_or_shorter_than_predicted() -> None:
+    """What the worker sees of a prompt cuts its chunks and reaches the router, on both sides alike."""
+    trace, settings = traffic(100, rate=9.0, seed=9), replace(BASE, prefill_error=0.3)
+    live, _ = compare(trace, settings)
+    paces = {event[-1] for _, event, _ in live.log if event[0] == "Progressed"}
+    assert len(paces) > 20
+    assert min(paces) < 0.7 < 1.45 < max(paces)
+    assert live.log != run_live(trace, live_settings(trace, BASE)).log
+
+
 def test_without_hashes() -> None:
     trace = traffic(100, rate=9.0, seed=7)
     compare(replace(trace, block_tokens=0, hashes=array("q"), offsets=array("q", bytes(8 * 101))), PLAIN)

@@ -43,6 +43,33 @@ def test_late_is_by_how_much() -> None:
     assert answer.late_s == pytest.approx(0.01)
 
 
+def test_in_time_is_what_still_is_where_the_prompt_is_off_as_usual() -> None:
+    view = cell("prefill", "prefill", "decode")
+    seconds = COST.prefill(400, 0, 512)
+    policy = LeastSeconds("split")
+    tight = ask(deadline=NOW + 1.09 * seconds)
+    assert isinstance(policy.on_room(tight, view, NOW), Placement)
+    view.pool.workers[0].pace.spread = 0.1
+    answer = policy.on_room(tight, view, NOW)
+    assert isinstance(answer, Passed)
+    assert answer.late_s == pytest.approx(0.01 * seconds)
+    assert isinstance(policy.on_room(ask(deadline=NOW + 1.11 * seconds), view, NOW), Placement)
+    view.index.change(1, list(range(50)), [], False)
+    assert isinstance(policy.on_room(tight, view, NOW), Placement), "less to compute, less to be off by"
+
+
+def test_prompts_that_were_off_are_kept_in_mind() -> None:
+    cluster = FakeCluster(LeastSeconds("split"))
+    cluster.join(worker_up(0, "prefill", blocks=400))
+    worker = cluster.core.state.pool.workers[0]
+    cluster.submit(request_of(0, 40, 1))
+    attempt = next(iter(worker.prefills))
+    cluster.core.on(ev.Progressed(0, attempt, 16, 0, 0.1, 1.4), cluster.now)
+    assert worker.pace.spread == 0.0, "it is not over"
+    cluster.core.on(ev.Progressed(0, attempt, 40, 0, 0.2, 1.4), cluster.now)
+    assert worker.pace.spread > 0.0
+
+
 def test_late_ones_are_served_by_whoever_has_room() -> None:
     request = ask(deadline=NOW - 1.0)
     request.late = True

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.router.fake_worker import COST, worker_up
 
 from twinpool.cost import StepCost
-from twinpool.router.pool import MEMORY_LIMIT, Pool, Worker
+from twinpool.router.pool import MEMORY_LIMIT, Pace, Pool, Worker
 
 
 def worker() -> Worker:
@@ -43,6 +43,30 @@ def test_progress_replaces_the_prediction() -> None:
     assert w.free_at(2.0) == pytest.approx(2.0 + COST.prefill(40, 60, 16))
     assert w.free_at(2.01) == pytest.approx(2.0 + COST.prefill(40, 60, 16))
     w.progress(7, 1, 1, 1.0, now=2.0)  # not here
+
+
+def test_what_is_left_of_a_prompt_goes_on_as_it_went() -> None:
+    w = worker()
+    w.book(1, 1, 100)
+    w.commit_prefill(1, 9.0, 100, 0, now=0.0)
+    w.pace.prefill = 1.1  # of others: this one was seen
+    w.progress(1, 40, 60, 1.3, now=2.0)
+    assert w.free_at(2.0) == pytest.approx(2.0 + 1.3 * COST.prefill(40, 60, 16))
+    w.progress(1, 40, 60, 1.0, now=2.0)
+    assert w.free_at(2.0) == pytest.approx(2.0 + 1.1 * COST.prefill(40, 60, 16))
+
+
+def test_the_spread_is_how_far_prompts_are_off() -> None:
+    pace = Pace()
+    for _ in range(100):
+        pace.saw_request(1.0)
+    assert pace.spread == 0.0
+    for i in range(1000):
+        pace.saw_request((0.9, 1.1)[i % 2])
+    assert pace.spread == pytest.approx(0.1, rel=1e-3)
+    for _ in range(1000):
+        pace.saw_request(1.0)
+    assert pace.spread < 1e-3
 
 
 def test_news_of_those_behind_leave_the_first_ones_time_alone() -> None:

@@ -14,9 +14,10 @@ SIZE = 4
 COST = StepCost(c0=0.0, a=1e-3, b=0.0, d0=2e-3, d1=1e-4, d2=0.0)  # a token a millisecond, from two on
 
 
-def prompt(length: int, computed: int = 0) -> Sequence:
+def prompt(length: int, computed: int = 0, pace: float = 1.0) -> Sequence:
     sequence = Sequence(0, length, [], Mode.PREFILL, 1.0)
     sequence.computed = computed
+    sequence.pace = pace
     return sequence
 
 
@@ -81,3 +82,27 @@ def test_on_a_real_profile_a_step_fills_its_share_and_no_more(cost: StepCost, co
         return cost.step([(200, computed), (planned[1] + more, computed)], 24, 48_000)
 
     assert seconds(0) <= ITL_SHARE * 0.050 < seconds(SIZE)
+
+
+@pytest.mark.parametrize("pace", [0.8, 1.25])
+@pytest.mark.parametrize("cost", [LLAMA_70B_H100_TP4, LLAMA_8B_H100_TP1])
+def test_a_prompt_that_was_off_fills_the_step_by_what_it_really_takes(cost: StepCost, pace: float) -> None:
+    decodes = [decoding(0.050, 2_000) for _ in range(24)]
+    alone = cost.decode(24, 48_000)
+    (count,) = plan_chunks([prompt(100_000, pace=pace)], *load(decodes), cost, 1 << 20, SIZE)
+
+    def seconds(more: int) -> float:
+        return alone + pace * (cost.step([(count + more, 0)], 24, 48_000) - alone)
+
+    assert seconds(0) <= ITL_SHARE * 0.050 < seconds(SIZE)
+
+
+def test_who_comes_after_it_gets_what_it_really_leaves() -> None:
+    late = [decoding(0.040)]  # 36 ms, 2 of them for the decode
+    assert chunks([prompt(8), prompt(40)], late) == [(0, 8, True), (0, 24, False)]
+    assert chunks([prompt(8, pace=2.0), prompt(40)], late) == [(0, 8, True), (0, 20, False)]  # 7 ms less
+    assert chunks([prompt(8, pace=0.5), prompt(40)], late) == [(0, 8, True), (0, 28, False)]
+
+
+def test_where_nothing_decodes_a_pace_changes_nothing() -> None:
+    assert chunks([prompt(40, pace=1.5)], [], 16) == [(0, 16, False)]
