@@ -75,8 +75,8 @@ TEXT = """
 An error is lognormal with mean 1, one factor a request, so the work offered is the same and only what is known of it
 changes. *Prefill work*: what a request's prompt adds to a step takes so many times as long as router and worker
 predict. Neither knows before its first step that is 2 ms and 2 % off; by what that step shows its later chunks are cut
-and what is left of it is predicted, and the router keeps in hand what prompts usually are off. *Output length*: the policy
-predicts no request's length, it books the running mean of those that ended; so the truth is what is disturbed: each
+and what is left of it is predicted, and the router keeps in hand what prompts usually are off. *Output length*: the
+policy predicts no request's length, it books the running mean of those that ended; so the truth is disturbed: each
 output is the trace's times a factor, at most what the request may ask for, tokens in all unchanged. *KV events late*:
 each message on top of its 20 ms grid. *Lost*: such messages vanish; the next one of that worker shows the gap, the
 router drops it and asks for a snapshot, and drops all that comes before that, as the live router does. (Live workers

@@ -266,7 +266,7 @@ def _why_not_first(request: Request, rows: list[PromptRow], best: PromptRow) -> 
         return f"{best.name} has room and would be {_ms(-best.slack_s)} late: it waits for another"
     if best.slack_s < best.error_s and has_deadline:
         spare, usual = _ms(best.slack_s), _ms(best.error_s)
-        return f"{best.name} has room and {spare} in hand, such prompts are usually off by {usual}: it waits for another"
+        return f"{best.name} has room and {spare} in hand, such prompts are usually off by {usual}: it waits"
     return "no decode worker has room, and too much KV waits for one already"
 
 
