@@ -16,7 +16,7 @@ import msgspec
 from twinpool.cost import StepCost
 from twinpool.sampling import SamplingParams, TokenLogprob
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME = 4 << 20
 MAX_CONTEXT = 1 << 19  # tokens; MAX_FRAME holds their ids and block columns
 
@@ -260,6 +260,17 @@ class Reserve(Frame, frozen=True):
     keep: Count = 0  # see Sequence
 
 
+class Lend(Frame, frozen=True):
+    """Hold what is cached of the leading blocks with these hashes; answer BlocksReady for them, from block 0 on.
+
+    Another worker will pull them. ``attempt`` is the number of the loan: Renew, Release and Cancel know it.
+    """
+
+    attempt: Attempt
+    hashes: Sums
+    lease_s: Seconds
+
+
 class Release(Frame, frozen=True):
     """Whatever this worker holds for the attempt is not needed any more (prefill side: KV was verified elsewhere)."""
 
@@ -301,7 +312,10 @@ class Prefill(Frame, frozen=True):
 
 
 class Pull(Frame, frozen=True):
-    """Copy these prompt blocks from the peer into the reservation of the attempt, and verify them."""
+    """Copy these prompt blocks from the peer into the reservation of the attempt, and verify them.
+
+    The reservation is for decoding, or for a prompt still to be computed: then the peer lends what it has cached.
+    """
 
     attempt: Attempt
     first: Count
@@ -336,8 +350,9 @@ FromWorker = (
     | Tokens | Preempted | Failed | Leaving | Goodbye
 )  # fmt: skip
 ToWorker = (
-    Welcome | Refused | Ack | Drain | SetRole | Snapshot | Reserve | Release | Renew | Prefill | Pull | Decode | Cancel
-)
+    Welcome | Refused | Ack | Drain | SetRole | Snapshot | Reserve | Lend | Release | Renew | Prefill | Pull | Decode
+    | Cancel
+)  # fmt: skip
 
 from_worker = msgspec.msgpack.Decoder(FromWorker)
 to_worker = msgspec.msgpack.Decoder(ToWorker)

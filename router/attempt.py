@@ -7,6 +7,7 @@ import math
 from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE
 from twinpool.router import events as ev
+from twinpool.router.fetch import SOURCE_LOST, Fetches
 from twinpool.router.policy.base import Placement
 from twinpool.router.request import NOBODY, Phase, Ready, Request
 from twinpool.router.state import FORGETTING, State
@@ -15,10 +16,11 @@ from twinpool.router.state import FORGETTING, State
 class Attempts:
     """Handlers of everything a worker says about an attempt, and the two ways to start one."""
 
-    __slots__ = ("_state",)
+    __slots__ = ("_fetches", "_state")
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self._fetches = Fetches(state)
 
     def start(self, request: Request, placement: Placement, now: float) -> None:
         """PLACED: book the workers, ask for decode room or start the prefill."""
@@ -39,6 +41,8 @@ class Attempts:
         worker.book(request.attempt, request.rid, request.length + output)
         fills = request.rank >= BATCH_RANK
         worker.commit_prefill(request.attempt, placement.seconds, uncached, placement.cached, now, fills)
+        if placement.source != NOBODY:
+            self._fetches.begin(request, placement, now)
         if placement.local:
             request.decode, request.decode_name = placement.prefill, worker.name
         elif placement.decode != NOBODY:
@@ -66,6 +70,10 @@ class Attempts:
         state.wake_at(now + state.limits.reserve_wait_s, request, request.attempt)
 
     def _start_prefill(self, request: Request, now: float) -> None:
+        fetch = request.fetch
+        if fetch is not None and request.loan:
+            fetch.wanted = True  # from the end of the fetch on
+            return
         request.phase = Phase.PREFILLING
         request.prefill_started_at = now
         worker = self._state.pool.workers[request.prefill]
@@ -79,6 +87,10 @@ class Attempts:
         """Decode room is there."""
         state = self._state
         request = state.attempt_of(event.worker, event.attempt)
+        if request is not None and request.fetch is not None and event.worker == request.prefill:
+            if self._fetches.room(request, event.held, now):
+                self._fetched(request, now)
+            return
         if request is None or request.reserved or event.worker != request.decode:
             return
         request.reserved = True
@@ -88,7 +100,7 @@ class Attempts:
         if request.phase == Phase.PLACED:
             request.phase = Phase.RESERVED
             self._start_prefill(request, now)
-        self._pull_ready(request)
+        self._pull_ready(request, now)
         self._go_on(request, now)
 
     def _go_on(self, request: Request, now: float) -> None:
@@ -105,7 +117,8 @@ class Attempts:
             return
         worker = state.pool.workers[event.worker]
         if event.worker == request.prefill:
-            state.retry(request, now, gone=event.worker)
+            # After a fetch it may have found room for the prompt though it had none for the reservation before.
+            state.retry(request, now, gone=event.worker if request.fetch is None else NOBODY)
         else:
             worker.forget(request.attempt, now)
             request.decode = NOBODY
@@ -133,14 +146,19 @@ class Attempts:
 
     def blocks_ready(self, event: ev.BlocksReady, now: float) -> None:
         """Blocks may be pulled, as soon as there is room for them somewhere."""
+        borrower = self._state.loans.get(event.attempt)
+        if borrower is not None:
+            if self._fetches.lent(borrower, event, now):
+                self._fetched(borrower, now)
+            return
         request = self._state.attempt_of(event.worker, event.attempt)
         if request is None or event.worker != request.prefill or not request.wants_transfer:
             return
         request.ready.append(Ready(event.first, event.count, event.blocks, event.sums))
         if request.reserved:
-            self._pull_ready(request)
+            self._pull_ready(request, now)
 
-    def _pull_ready(self, request: Request) -> None:
+    def _pull_ready(self, request: Request, now: float) -> None:
         """Pull what is ready and not held at the receiver already."""
         for ready in request.ready:
             skip = min(ready.count, max(0, request.held - ready.first))
@@ -149,19 +167,31 @@ class Attempts:
                 self._state.actions.append(
                     ev.SendPull(request.decode, request.attempt, request.prefill, first, blocks, sums)
                 )
+                self._carry(request, ready.count - skip, now)
         request.ready.clear()
+
+    def _carry(self, request: Request, blocks: int, now: float) -> None:
+        """Both links are busy with it."""
+        state = self._state
+        for number in (request.prefill, request.decode):
+            worker = state.pool.workers[number]
+            worker.carry(blocks * worker.block_bytes / state.bytes_per_s, now)
 
     def blocks_verified(self, event: ev.BlocksVerified, now: float) -> None:
         """One pull is done."""
         state = self._state
         request = state.attempt_of(event.worker, event.attempt)
-        if request is None or event.worker != request.decode:
+        if request is None or event.worker not in (request.decode, request.prefill):
+            return
+        if event.seconds > 0.0:
+            state.bytes_per_s += FORGETTING * (event.bytes / event.seconds - state.bytes_per_s)
+        if event.worker == request.prefill:
+            if self._fetches.verified(request, event, now):
+                self._fetched(request, now)
             return
         request.verified += event.count
         request.kv_bytes += event.bytes
         request.backend = event.backend
-        if event.seconds > 0.0:
-            state.bytes_per_s += FORGETTING * (event.bytes / event.seconds - state.bytes_per_s)
         self._check_transferred(request, now)
 
     def _check_transferred(self, request: Request, now: float) -> None:
@@ -180,7 +210,9 @@ class Attempts:
     def blocks_bad(self, event: ev.BlocksBad, now: float) -> None:
         """Fail closed: nothing is decoded from blocks that did not verify."""
         request = self._state.attempt_of(event.worker, event.attempt)
-        if request is not None and event.worker == request.decode:
+        if request is not None and event.worker == request.prefill:
+            self._fetch_failed(request, event.reason, now)
+        elif request is not None and event.worker == request.decode:
             request.suspect = event.reason == "CHECKSUM"
             self._state.lose(request, f"KV transfer failed ({event.reason})", now)
 
@@ -240,6 +272,7 @@ class Attempts:
 
     def lost(self, event: ev.AttemptLost, now: float) -> None:
         """The worker gave the attempt up."""
+        self.loan_lost(event.attempt, now)
         request = self._state.attempt_of(event.worker, event.attempt)
         if request is None or event.attempt not in self._state.pool.workers[event.worker].attempts:
             return  # of another attempt, or a prefill worker whose part is done
@@ -247,3 +280,26 @@ class Attempts:
             self._state.lose(request, event.reason, now, gone=event.worker)
         else:
             self._state.retry(request, now, gone=event.worker)
+
+    # --- fetches ----------
+
+    def loan_lost(self, loan: int, now: float) -> None:
+        """The source of a fetch is gone, or gave it up; any other number means nothing."""
+        request = self._state.loans.get(loan)
+        if request is not None:
+            self._fetch_failed(request, SOURCE_LOST, now)
+
+    def look_at_fetch(self, request: Request, now: float) -> None:
+        """Time passed."""
+        if self._fetches.late(request, now):
+            self._fetched(request, now)
+
+    def _fetch_failed(self, request: Request, reason: str, now: float) -> None:
+        if request.loan:
+            self._fetches.end(request, reason, now)
+            self._fetched(request, now)
+
+    def _fetched(self, request: Request, now: float) -> None:
+        """A fetch is over: the prefill begins, if all else is ready."""
+        if request.fetch is not None and request.fetch.wanted:
+            self._start_prefill(request, now)

@@ -79,6 +79,10 @@ class FinishedOut:
     ttft_s: float
     itl_s: float
     total_s: float
+    fetch_outcome: str = ""  # of the last attempt: OK, or why its prefill began without; "": it fetched nothing
+    fetched_blocks: int = 0
+    fetch_predicted_s: float = 0.0
+    fetch_s: float = 0.0
 
 
 class Stream(Protocol):

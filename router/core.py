@@ -274,8 +274,12 @@ class Core:
         self.state.index.forget(event.worker)
         self._roles_changed(now)
         self._unbind_all(worker, now)
-        for rid in list(worker.attempts.values()):
-            self.state.lose(self.state.requests[rid], f"worker {worker.name} died", now, gone=event.worker)
+        for attempt in list(worker.attempts):
+            request = self.state.by_attempt.get(attempt)
+            if request is not None:
+                self.state.lose(request, f"worker {worker.name} died", now, gone=event.worker)
+            else:
+                self.attempts.loan_lost(attempt, now)
 
     def _worker_draining(self, event: ev.WorkerDraining, now: float) -> None:
         worker = self.state.pool.workers[event.worker]
@@ -339,7 +343,7 @@ class Core:
         while timers and timers[0][0] <= now:
             _, rid, attempt = heapq.heappop(timers)
             request = self.state.requests.get(rid)
-            if request is not None and attempt in (0, request.attempt):
+            if request is not None and attempt in (0, request.attempt, request.loan):
                 self._look_at(request, now)
         if self._renew_at <= now:
             self._renew(now)
@@ -347,6 +351,8 @@ class Core:
 
     def _look_at(self, request: Request, now: float) -> None:
         """Whatever a deadline of this request asks for now."""
+        if request.loan:
+            self.attempts.look_at_fetch(request, now)
         if now >= request.give_up:
             self.state.refuse(request, "DEADLINE_EXCEEDED", "DEADLINE", "the caller's deadline passed", now)
         elif request.phase == Phase.QUEUED or request.rid in self.state.unhomed:

@@ -6,38 +6,10 @@ gives out, never used twice. Block columns and checksums pass through the core u
 
 from __future__ import annotations
 
-import inspect
-
 from twinpool.cost import Cost
+from twinpool.router.record import Record as Record
+from twinpool.router.record import fields as fields
 from twinpool.router.request import Request
-
-_FIELDS: dict[str, tuple[str, ...]] = {}
-
-
-def fields(kind: type[Record]) -> tuple[str, ...]:
-    """Names of a record's fields, in the order in which it takes them. Compiled classes have no ``__slots__``."""
-    name = kind.__name__
-    if name not in _FIELDS:
-        _FIELDS[name] = tuple(inspect.signature(kind).parameters)
-    return _FIELDS[name]
-
-
-class Record:
-    """Equal to another of its type with equal fields. By hand, since compiled that is what is quick."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Record) and type(self) is type(other) and _values(self) == _values(other)
-
-    def __repr__(self) -> str:
-        values = zip(fields(type(self)), _values(self), strict=True)
-        return f"{type(self).__name__}({', '.join([f'{name}={value!r}' for name, value in values])})"
-
-
-def _values(record: Record) -> list[object]:
-    return [getattr(record, name) for name in fields(type(record))]
-
 
 # --- events ----------
 
@@ -285,6 +257,21 @@ class SendReserve(Send):
         self.blocks = blocks
 
 
+class SendLend(Send):
+    """Hold and announce what is cached of the first ``hashes`` of the request: another worker will pull it.
+
+    The number is that of the loan.
+    """
+
+    __slots__ = ("hashes", "request")
+
+    def __init__(self, worker: int, request: Request, attempt: int, hashes: int) -> None:
+        self.worker = worker
+        self.request = request
+        self.attempt = attempt
+        self.hashes = hashes
+
+
 class SendPrefill(Send):
     """Compute the prompt, of which ``cached`` tokens should be there; ``decode``: and go on; ``transfer``: announce."""
 
@@ -302,17 +289,20 @@ class SendPrefill(Send):
 
 
 class SendPull(Send):
-    """Copy blocks from ``peer``."""
+    """Copy blocks from ``peer``, in ``timeout_s`` seconds; 0: as long as the config allows."""
 
-    __slots__ = ("blocks", "first", "peer", "sums")
+    __slots__ = ("blocks", "first", "peer", "sums", "timeout_s")
 
-    def __init__(self, worker: int, attempt: int, peer: int, first: int, blocks: bytes, sums: bytes) -> None:
+    def __init__(
+        self, worker: int, attempt: int, peer: int, first: int, blocks: bytes, sums: bytes, timeout_s: float = 0.0
+    ) -> None:
         self.worker = worker
         self.attempt = attempt
         self.peer = peer
         self.first = first
         self.blocks = blocks
         self.sums = sums
+        self.timeout_s = timeout_s
 
 
 class SendDecode(Send):
@@ -389,5 +379,6 @@ class Refuse(Record):
 
 
 Action = (
-    SendReserve | SendPrefill | SendPull | SendDecode | SendRelease | SendCancel | SendRenew | Show | Finish | Refuse
-)
+    SendReserve | SendLend | SendPrefill | SendPull | SendDecode | SendRelease | SendCancel | SendRenew | Show | Finish
+    | Refuse
+)  # fmt: skip

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from array import array
+from typing import Any
 
 from twinpool.blockhash import token_bytes
 from twinpool.proto import frames
 from twinpool.router.cell import FinishedOut, Submission
-from twinpool.router.request import Request
+from twinpool.router.request import Fetch, Request
 from twinpool.router.stream import OutStream
 from twinpool.sampling import TokenLogprob
 
@@ -85,6 +86,7 @@ class Flow:
             ttft_s=first - request.arrival,
             itl_s=(self.last_sent - first) / (new - 1) if new > 1 else 0.0,
             total_s=request.finished_at - request.arrival,
+            **_fetched(request.fetch),
         )
 
     def record(self, request: Request, outcome: str, unix_time: float, now: float, block_tokens: int = 0) -> str:
@@ -127,11 +129,24 @@ class Flow:
                 "attempts": request.attempts,
                 "kv_bytes": request.kv_bytes,
                 "compute_s": round(request.compute_s, 6),
+                **({"fetch": _fetched(request.fetch)} if request.fetch is not None else {}),
                 "outcome": outcome,
                 "edges": edges,
             },
             separators=(",", ":"),
         )
+
+
+def _fetched(fetch: Fetch | None) -> dict[str, Any]:
+    """What came of a fetch, as fields of ``FinishedOut``."""
+    if fetch is None:
+        return {}
+    return {
+        "fetch_outcome": fetch.outcome,
+        "fetched_blocks": fetch.blocks,
+        "fetch_predicted_s": round(fetch.predicted_s, 6),
+        "fetch_s": round(_span(fetch.began_at, fetch.ended_at), 6),
+    }
 
 
 def _span(start: float, end: float) -> float:

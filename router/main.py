@@ -92,8 +92,8 @@ def _core(config: ClusterConfig) -> tuple[Core, DecisionLog | None]:
         no_worker_wait_s=scheduling.no_worker_wait_ms / 1000,
         lease_s=config.link.lease_ms / 1000,
     )
-    paths = {"paths": scheduling.path} if scheduling.policy == DEFAULT else {}
-    parameters = paths | scheduling.parameters
+    own = {"paths": scheduling.path, "fetch": "on" if scheduling.fetch else "off"}
+    parameters = (own if scheduling.policy == DEFAULT else {}) | scheduling.parameters
     core = Core(make_policy(scheduling.policy, parameters), limits)
     core.state.next_attempt += secrets.randbits(31)  # workers may still be ending what an earlier router numbered
     if scheduling.decision_log is None:

@@ -61,6 +61,13 @@ COUNTERS = {
         "cached / prompt is the share of prompts that cost nothing; when it falls, look for eviction or new prompts."),
     "kv_bytes": Row("twinpool_kv_bytes", ("backend",), "KV bytes moved between workers.",
         "An unexpected backend means that the best one failed at connect: read the workers' logs."),
+    "fetches": Row("twinpool_fetches", ("outcome",),
+        "Prefixes fetched for a prefill, by outcome: OK, GONE, LATE, SOURCE_LOST or a transfer's error.",
+        "Anything but OK was computed in place of it. LATE: links are slower than predicted. CHECKSUM: see the logs."),
+    "fetched_blocks": Row("twinpool_fetched_blocks", (), "KV blocks that prefill workers fetched, verified.",
+        "Prompt work that another worker had done. scheduling.fetch: false turns it off."),
+    "fetch_seconds": Row("twinpool_fetch_seconds", ("kind",), "Seconds of fetches that came: predicted and actual.",
+        "Actual far above predicted: the links carry more than the router knows of."),
     "lost_attempts": Row("twinpool_lost_attempts", (), "Attempts lost to dead workers, failed transfers or preemption.",
         "Clients saw a pause, no error. Look for workers that restart, and for twinpool_worker_free_blocks near 0."),
 }  # fmt: skip
@@ -143,6 +150,16 @@ class Metrics:
         if out.kv_bytes:
             count["kv_bytes"].labels(out.backend).inc(out.kv_bytes)
         count["lost_attempts"].inc(max(0, out.attempts - 1))
+        if out.fetch_outcome:
+            self._observe_fetch(out)
+
+    def _observe_fetch(self, out: FinishedOut) -> None:
+        count = self._counters
+        count["fetches"].labels(out.fetch_outcome).inc()
+        count["fetched_blocks"].inc(out.fetched_blocks)
+        if out.fetched_blocks:
+            count["fetch_seconds"].labels("predicted").inc(out.fetch_predicted_s)
+            count["fetch_seconds"].labels("actual").inc(out.fetch_s)
 
     def observe_failed(self, outcome: str, klass: str) -> None:
         """A call that started and ended otherwise: cancelled, deadline_exceeded, internal, ..."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,8 @@ class Performer:
         self._clock = clock
         self._close = close
         self._handlers: dict[type, Callable[[Any], None]] = {
-            ev.SendReserve: self._reserve, ev.SendPrefill: self._prefill, ev.SendPull: self._pull,
+            ev.SendReserve: self._reserve, ev.SendLend: self._lend,
+            ev.SendPrefill: self._prefill, ev.SendPull: self._pull,
             ev.SendDecode: self._decode, ev.SendRelease: self._release, ev.SendCancel: self._cancel,
             ev.SendRenew: self._renew, ev.Show: self._show, ev.Finish: self._finish, ev.Refuse: self._refuse,
         }  # fmt: skip
@@ -59,6 +61,10 @@ class Performer:
                                blocks=action.blocks, lease_s=self._lease_s, keep=request.keep)  # fmt: skip
         self._send(action.worker, frame)
 
+    def _lend(self, action: ev.SendLend) -> None:
+        hashes = array("Q", action.request.hashes[: action.hashes]).tobytes()
+        self._send(action.worker, frames.Lend(attempt=action.attempt, hashes=hashes, lease_s=self._lease_s))
+
     def _prefill(self, action: ev.SendPrefill) -> None:
         if action.request.attempts == 2:
             self._counts["resumed"] += 1
@@ -72,9 +78,10 @@ class Performer:
         if peer is None:
             return  # its loss is the next event
         hello = peer.hello
+        timeout_s = min(action.timeout_s or math.inf, self._transfer_timeout_s)
         frame = frames.Pull(attempt=action.attempt, first=action.first, blocks=action.blocks, sums=action.sums,
                             peer=hello.worker, peer_epoch=hello.epoch, addresses=hello.kv_addresses,
-                            secret=hello.kv_secret, timeout_s=self._transfer_timeout_s)  # fmt: skip
+                            secret=hello.kv_secret, timeout_s=timeout_s)  # fmt: skip
         self._send(action.worker, frame)
 
     def _decode(self, action: ev.SendDecode) -> None:

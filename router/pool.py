@@ -78,8 +78,8 @@ class Worker:
     __slots__ = (
         "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity",
         "chunk_tokens", "context", "cost", "decodes", "device", "draining", "fills", "full", "held", "id",
-        "index_tokens", "itl_s", "limit", "max_batch", "name", "pace", "pending", "prefills", "roles", "since",
-        "slos", "work_s",
+        "index_tokens", "itl_s", "limit", "link_busy", "max_batch", "name", "pace", "pending", "prefills", "roles",
+        "since", "slos", "work_s",
     )  # fmt: skip
 
     def __init__(self, up: WorkerUp) -> None:
@@ -98,6 +98,7 @@ class Worker:
         self.chunk_tokens = up.chunk_tokens
         self.max_batch = up.max_batch
         self.draining = False
+        self.link_busy = 0.0  # until when KV that was asked for is predicted to be on its link
         self.full = False  # it said NoRoom: nothing new until it reports
         self.prefills: dict[int, Commitment] = {}  # attempt -> work, in commit order
         self.work_s = 0.0  # the sum of their seconds
@@ -203,6 +204,7 @@ class Worker:
         if fill is not None:
             self.pending += left - fill.tokens
             fill.tokens = left
+            fill.cached = cached
         work = self.prefills.get(attempt)
         if work is not None:
             self.pending += left - work.tokens
@@ -232,6 +234,10 @@ class Worker:
         del self.prefills[attempt]
         self.pending -= work.tokens
         self.work_s = self.work_s - work.seconds if self.prefills else 0.0  # no error outlives a quiet moment
+
+    def carry(self, seconds: float, now: float) -> None:
+        """KV that takes its link for so long was asked for; it waits for what was before."""
+        self.link_busy = (self.link_busy if self.link_busy > now else now) + seconds
 
     def bind(self, bound: Bound) -> None:
         """A placed request joins the line of those that wait for memory here."""

@@ -47,6 +47,31 @@ class Ready:
 NOBODY: Final = -1
 
 
+class Fetch:
+    """KV blocks that an attempt's prefill worker gets from another worker before it computes; see fetch.py."""
+
+    __slots__ = (
+        "began_at", "blocks", "cached", "ended_at", "held", "outcome", "predicted_s", "pulled", "ready", "source",
+        "source_name", "tokens", "until", "wanted",
+    )  # fmt: skip
+
+    def __init__(self, source: int, source_name: str, tokens: int, cached: int, predicted_s: float, now: float) -> None:
+        self.source = source
+        self.source_name = source_name
+        self.tokens = tokens  # of the prompt, that shall be cached at the prefill worker afterwards
+        self.cached = cached  # of them, those believed to be there before
+        self.predicted_s = predicted_s
+        self.began_at = now
+        self.until = now  # then the prefill begins without
+        self.wanted = False  # everything else is ready: the prefill waits for this
+        self.held = NOBODY  # blocks that the prefill worker had; NOBODY: it has not said
+        self.ready: Ready | None = None  # what the source has announced
+        self.pulled = 0  # leading blocks that the prefill worker has when the pull is done; 0: it has not begun
+        self.blocks = 0  # that came, verified
+        self.ended_at = -1.0
+        self.outcome = ""  # "" while it goes on, OK, or why there is nothing
+
+
 class Placement(NamedTuple):
     """Where one request goes. ``decode`` = NOBODY: found later, or not needed (see ``path``)."""
 
@@ -55,7 +80,10 @@ class Placement(NamedTuple):
     path: str  # split | local
     reason: str  # for people: why this path and these workers
     cached: int  # prompt tokens predicted to be cached at ``prefill``
-    seconds: float  # predicted prefill work
+    seconds: float  # predicted from the worker's being free to the first token: prefill work, and waiting for a fetch
+    source: int = NOBODY  # worker from which ``fetched`` of the cached tokens come first
+    fetched: int = 0
+    fetch_s: float = 0.0  # predicted
 
     @property
     def local(self) -> bool:
@@ -68,11 +96,11 @@ class Request:
 
     __slots__ = (
         "arrival", "attempt", "attempts", "backend", "bound_to", "cached", "charged_output", "compute_s", "deadline",
-        "decode", "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "finished_at", "first_at",
-        "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "late", "length", "losses", "max_tokens", "path",
-        "phase", "placed_at", "prefill", "prefill_done", "prefill_name", "prefill_started_at", "prompt_len",
-        "queue_until", "rank", "ready", "reason", "reserved", "reserved_at", "returns", "rid", "session", "shown",
-        "suspect", "tenant", "transferred_at", "ttft_factor", "ttft_s", "verified",
+        "decode", "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "fetch", "finished_at",
+        "first_at", "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "late", "length", "loan", "losses",
+        "max_tokens", "path", "phase", "placed_at", "prefill", "prefill_done", "prefill_name", "prefill_started_at",
+        "prompt_len", "queue_until", "rank", "ready", "reason", "reserved", "reserved_at", "returns", "rid",
+        "session", "shown", "suspect", "tenant", "transferred_at", "ttft_factor", "ttft_s", "verified",
     )  # fmt: skip
 
     def __init__(
@@ -138,6 +166,8 @@ class Request:
         self.held = 0
         self.reserved = False
         self.suspect = False  # its KV did not match its checksums
+        self.fetch: Fetch | None = None
+        self.loan = 0  # number under which its source keeps blocks for it; 0: none does
         self.ready: list[Ready] = []
         self.verified = 0
         self.prefill_done = False

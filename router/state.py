@@ -36,8 +36,8 @@ class State:
     """One cell's state and the actions of the event in hand."""
 
     __slots__ = (
-        "actions", "by_attempt", "bytes_per_s", "index", "limits", "mean_output", "next_attempt", "pool", "queue",
-        "requests", "room_changed", "round_trip_s", "timer_limit", "timers", "unhomed",
+        "actions", "by_attempt", "bytes_per_s", "index", "limits", "loans", "mean_output", "next_attempt", "pool",
+        "queue", "requests", "room_changed", "round_trip_s", "timer_limit", "timers", "unhomed",
     )  # fmt: skip
 
     def __init__(self, limits: Limits) -> None:
@@ -47,6 +47,7 @@ class State:
         self.queue = Queue(limits.max_queue)
         self.requests: dict[int, Request] = {}
         self.by_attempt: dict[int, Request] = {}
+        self.loans: dict[int, Request] = {}  # by the number of the loan: fetch.py
         self.unhomed: dict[int, Request] = {}  # KV computed or under way, but no decode worker yet; by rid
         self.timers: list[tuple[float, int, int]] = []  # (time, rid, attempt; 0: whatever attempt)
         self.timer_limit = MIN_TIMERS  # above that the timers of what is over are taken out
@@ -59,7 +60,7 @@ class State:
 
     def view(self) -> View:
         """What a policy may look at."""
-        return View(self.pool, self.index, self.round_trip_s, max(1, round(self.mean_output)))
+        return View(self.pool, self.index, self.round_trip_s, max(1, round(self.mean_output)), self.bytes_per_s)
 
     def expected_output(self, request: Request) -> int:
         """Output tokens to book for: the running mean, at most what may still come."""
@@ -81,7 +82,9 @@ class State:
         while timers:
             when, rid, attempt = timers[0]
             request = self.requests.get(rid)
-            if request is not None and (attempt == 0 or (attempt == request.attempt and not request.reserved)):
+            if request is not None and (
+                attempt in (0, request.loan) or (attempt == request.attempt and not request.reserved)
+            ):
                 return when
             heapq.heappop(timers)
         return math.inf
@@ -180,6 +183,8 @@ class State:
         if not request.attempt:
             return
         self.by_attempt.pop(request.attempt, None)
+        if request.loan:
+            self.end_loan(request, now)
         self.unhomed.pop(request.rid, None)
         for worker_id in (request.prefill, request.decode):
             worker = self.pool.workers.get(worker_id)
@@ -187,20 +192,40 @@ class State:
                 self.actions.append(ev.SendCancel(worker_id, request.attempt, request.suspect))
         self.room_changed = True
 
+    def end_loan(self, request: Request, now: float, suspect: bool = False) -> None:
+        """The source need not keep its blocks any more; ``suspect``: they did not match their checksums."""
+        loan, fetch = request.loan, request.fetch
+        request.loan = 0
+        self.loans.pop(loan, None)
+        source = self.pool.workers.get(fetch.source) if fetch is not None else None
+        if source is not None and source.forget(loan, now):
+            self.actions.append(ev.SendCancel(source.id, loan, suspect))
+            self.room_changed = True
+
     def check_integrity(self) -> None:
         """Every booking belongs to a live attempt and every live attempt is booked, or AssertionError."""
         self.index.check_integrity()
         for worker in self.pool.workers.values():
             worker.check_integrity()
             for attempt, rid in worker.attempts.items():
-                request = self.by_attempt.get(attempt)
+                borrower = self.loans.get(attempt)
+                request = borrower or self.by_attempt.get(attempt)
                 assert request is not None, f"{worker.name} holds dead attempt {attempt}"
                 assert request.rid == rid, f"{worker.name} has attempt {attempt} for another request"
+                if borrower is not None:
+                    continue
                 assert worker.id in (request.prefill, request.decode), f"{worker.name} has no part in {attempt}"
         for attempt, request in self.by_attempt.items():
             assert request.attempt == attempt
             assert not request.over
             assert self.requests.get(request.rid) is request
+        for loan, request in self.loans.items():
+            assert request.loan == loan, f"request {request.rid} has loan {request.loan}, not {loan}"
+            assert self.by_attempt.get(request.attempt) is request, f"request {request.rid} has a loan, but is over"
+            assert request.fetch is not None, f"request {request.rid} has a loan and fetches nothing"
+            source = self.pool.workers.get(request.fetch.source)
+            assert source is not None, f"the source of request {request.rid} is gone"
+            assert loan in source.attempts, f"{source.name} does not know loan {loan}"
         for rid, request in self.unhomed.items():
             assert request.decode == NOBODY, f"request {rid} has a decode worker"
             assert self.by_attempt.get(request.attempt) is request, f"request {rid} waits, but is over"

@@ -58,6 +58,12 @@ class Attempt:
     outcome: str = ""  # finished, or why it ended
     cached: int = -1  # prompt tokens that were cached
     compute_s: float = NEVER  # of the prompt's steps, in seconds, not after arrival
+    source: str = ""  # worker that it fetched a prefix from; "": it fetched nothing
+    fetched: int = 0  # prompt tokens that came from there
+    fetch_predicted_s: float = NEVER  # seconds, not after arrival
+    fetch_s: float = NEVER  # likewise, from the request to the last block
+    fetch_ended_s: float = NEVER
+    fetch_outcome: str = ""  # OK, or why the prefill began without
     kv_bytes: int = 0  # moved so far, those of earlier attempts included
     backend: str = ""
 

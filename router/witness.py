@@ -10,7 +10,7 @@ from twinpool.router import events as ev
 from twinpool.router.core import Core
 from twinpool.router.policy.base import NOBODY, Passed, Placement, Policy, Refusal, View
 from twinpool.router.policy.explain import SPLIT, decode_rows, prompt_rows, row_of, why_waits
-from twinpool.router.request import Phase, Request
+from twinpool.router.request import Fetch, Phase, Request
 from twinpool.router.state import Limits
 from twinpool.router.story import DECODE, NEVER, PLACED, REFUSED, WAITS, Attempt, Look, Story
 
@@ -180,8 +180,19 @@ def _stamp(attempt: Attempt, request: Request, now: float) -> None:
         attempt.reserved_s = _after(request.reserved_at, arrival)
     attempt.prefill_started_s = _after(request.prefill_started_at, arrival)
     attempt.transferred_s = _after(request.transferred_at, arrival)
+    if request.fetch is not None:
+        _stamp_fetch(attempt, request, request.fetch)
     if request.path == SPLIT:
         attempt.decoding_s = _after(request.decoding_at, arrival)
+
+
+def _stamp_fetch(attempt: Attempt, request: Request, fetch: Fetch) -> None:
+    attempt.source, attempt.fetch_outcome = fetch.source_name, fetch.outcome
+    attempt.fetch_predicted_s = fetch.predicted_s
+    attempt.fetch_ended_s = _after(fetch.ended_at, request.arrival)
+    if fetch.ended_at >= 0.0:
+        attempt.fetch_s = fetch.ended_at - fetch.began_at
+    attempt.fetched = fetch.tokens - fetch.cached if fetch.blocks else 0
 
 
 def _after(stamp: float, arrival: float) -> float:

@@ -109,6 +109,10 @@ class Memory:
         self.allocate(total - held * size)
         return held
 
+    def match(self, hashes: list[int], limit: int) -> int:
+        """Leading units that are cached, of the first ``limit``."""
+        return self._match(hashes, min(limit, len(hashes)))[0] if hashes and hashes[0] in self._refs else 0
+
     def _match(self, hashes: list[int], limit: int) -> tuple[int, int]:
         """Leading units that are cached, the first is, and of those the ones in use. Both by halving: see above."""
         refs = self._refs
@@ -201,7 +205,7 @@ class Memory:
         if not sealed:
             return
         refs, mine = self._refs, sequence.hashes[:sealed]
-        if sequence.request.returns:
+        if sequence.request.returns and not sequence.lent:
             idle.promise(mine[:])
         mine.reverse()
         if refs[mine[-1]] > 1:  # others use the first of them, and perhaps more

@@ -22,7 +22,7 @@ class Sequence:
 
     __slots__ = (
         "announced", "attempt", "blocks", "cached", "computed", "early", "end", "expects_decode", "fresh", "full",
-        "growing", "grows", "hashes", "in_step", "itl_s", "join", "last_s", "left", "length", "local", "low",
+        "growing", "grows", "hashes", "in_step", "itl_s", "join", "last_s", "left", "length", "lent", "local", "low",
         "misjudged", "order", "pace", "prompt_len", "rank", "received", "request", "reusable", "sealed", "state",
         "step_s", "told", "transfer", "turn", "work",
     )  # fmt: skip
@@ -57,6 +57,7 @@ class Sequence:
         self.received = 0  # leading blocks that are here and verified
         self.early: list[tuple[int, int]] = []  # ranges that came before one in front of them
         self.expects_decode = False
+        self.lent = False  # held for another worker, which pulls it
         # decoding
         self.left = 0  # tokens to draw here
         self.told = 0  # of those drawn since it joined, how many the router knows of

@@ -96,6 +96,8 @@ class SimWorker:
             self._prefill(action, now)
         elif isinstance(action, ev.SendReserve):
             self._reserve(action, now)
+        elif isinstance(action, ev.SendLend):
+            self._lend(action, now)
         elif isinstance(action, ev.SendDecode):
             self._decode(action, now)
         elif isinstance(action, (ev.SendRelease, ev.SendCancel)):
@@ -126,6 +128,23 @@ class SimWorker:
         if tight:
             self._steps.taken()
         self._net.tell(ev.Reserved(self.id, action.attempt, held), now)
+
+    def _lend(self, action: ev.SendLend, now: float) -> None:
+        """Holds what is cached of these units for a worker that will pull it, and announces it."""
+        hashes = action.request.hashes
+        units = self._memory.match(hashes, action.hashes)
+        blocks = units * self._unit_blocks
+        if units:
+            sequence = Sequence(action.attempt, action.request, action.request.length, HELD)
+            sequence.lent = True
+            tight = self._steps.sync(now, blocks)
+            self._memory.book(hashes, units, blocks)
+            sequence.blocks = sequence.full = sequence.received = blocks
+            sequence.sealed = units
+            self._members.held[action.attempt] = sequence
+            if tight:
+                self._steps.taken()
+        self._net.tell(ev.BlocksReady(self.id, action.attempt, 0, blocks, bytes(4 * blocks), b""), now)
 
     def _prefill(self, action: ev.SendPrefill, now: float) -> None:
         request = action.request

@@ -78,6 +78,10 @@ class BlockPool:
         """Sealed blocks, referenced or not."""
         return len(self._by_hash)
 
+    def sealed(self, block: int) -> bool:
+        """Whether the block is cached: what it holds is final."""
+        return self._hashes[block] != NO_HASH
+
     def cached_hashes(self) -> list[int]:
         """Hashes of all sealed blocks, each after those it is chained to."""
         return list(self._by_hash)

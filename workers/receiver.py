@@ -72,6 +72,7 @@ class Receiver:
             message = f"{len(pulled.bad)} of {len(source)} blocks from {frame.peer} do not match their checksums"
             self._send(frames.BlocksBad(attempt=frame.attempt, reason="CHECKSUM", message=message))
             return
+        self._keep_sums(frame, target, sums)
         self._scheduler.seal_received(frame.attempt, frame.first, len(source))
         self._send(
             frames.BlocksVerified(
@@ -84,6 +85,14 @@ class Receiver:
             )
         )
         self._received(frame.attempt)
+
+    def _keep_sums(self, frame: frames.Pull, target: list[int], sums: list[int]) -> None:
+        """Whoever pulls these from here needs them; the last block of a prompt may still grow."""
+        holding = self._scheduler.holding(frame.attempt)
+        full = 0 if holding is None else len(holding.hashes) - frame.first
+        known = self._scheduler.pool.sums
+        for block, value in zip(target[: max(0, full)], sums, strict=False):
+            known[block] = value
 
     def _done(self, attempt: int, task: asyncio.Task[None]) -> None:
         tasks = self._pulls.get(attempt)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from twinpool import blockhash
-from twinpool.blockhash import token_bytes, tokens_from_bytes
+from twinpool.blockhash import tokens_from_bytes
 from twinpool.errors import TwinpoolError
 from twinpool.proto import frames
 from twinpool.tokenizer import Tokenizer
+from twinpool.workers.announce import Sums, blocks_ready, lend
 from twinpool.workers.engine.base import Engine, Row, Sampled
 from twinpool.workers.leases import LeaseTable
 from twinpool.workers.outbox import TokenOutbox
@@ -30,14 +30,6 @@ from twinpool.workers.step_log import StepLog
 from twinpool.workers.transfer.base import KVTransfer
 
 log = logging.getLogger("twinpool.worker")
-
-
-class Sums(Protocol):
-    """Checksums of pool blocks."""
-
-    def checksum(self, block: int) -> int:
-        """64-bit sum of one block's bytes."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +80,8 @@ class Worker:
             frames.Welcome: self._welcome, frames.Reserve: self._reserve, frames.Release: self._release,
             frames.Renew: self._renew, frames.Prefill: self._prefill, frames.Pull: self._pull,
             frames.Decode: self._decode, frames.Cancel: self._cancel, frames.Ack: self._ack,
-            frames.Drain: self._drain, frames.SetRole: self._set_role, frames.Snapshot: self._snapshot,
+            frames.Lend: self._lend, frames.Drain: self._drain, frames.SetRole: self._set_role,
+            frames.Snapshot: self._snapshot,
         }  # fmt: skip
 
     # --- what the router says ----------
@@ -146,6 +139,12 @@ class Worker:
         self._grant(frame.attempt, frame.lease_s)
         self._send(frames.Reserved(attempt=frame.attempt, held=held))
 
+    def _lend(self, frame: frames.Lend) -> None:
+        answer = lend(frame, self._scheduler, self._parts.sums)
+        if answer.blocks:
+            self._grant(frame.attempt, frame.lease_s)
+        self._send(answer)
+
     def _renew(self, frame: frames.Renew) -> None:
         now = self._clock()
         for attempt in tokens_from_bytes(frame.attempts):
@@ -181,6 +180,13 @@ class Worker:
         self._reporter.soon()
 
     def _prefill(self, frame: frames.Prefill) -> None:
+        """A fetch for it that still runs is late, and writes to the reservation that is used up now: stop it before."""
+        reserved = frame.attempt in self._leases
+        self._receiver.stop(frame.attempt, lambda: self._begin(frame, reserved))
+
+    def _begin(self, frame: frames.Prefill, reserved: bool) -> None:
+        if reserved and frame.attempt not in self._leases:
+            return  # cancelled while a fetch was stopped
         output = self._output(frame.attempt, frame.sequence)
         mode = Mode.LOCAL if frame.decode else Mode.PREFILL
         sequence = self._sequence(output, frame.sequence, mode, frame.transfer)
@@ -194,6 +200,7 @@ class Worker:
         if ready is not None:
             self._announce(ready)
         self._work.set()
+        self._reporter.soon()
 
     def _decode(self, frame: frames.Decode) -> None:
         if frame.attempt not in self._leases:
@@ -368,19 +375,8 @@ class Worker:
             self._scheduler.cancel(sequence.attempt)
 
     def _announce(self, ready: Ready) -> None:
-        known = self._scheduler.pool.sums
-        for block in ready.blocks:
-            if known[block] is None:
-                known[block] = self._parts.sums.checksum(block)
-        sums = array("Q", [known[block] or 0 for block in ready.blocks])
-        self._send(
-            frames.BlocksReady(
-                attempt=ready.sequence.attempt,
-                first=ready.first,
-                blocks=token_bytes(array("I", ready.blocks)),
-                sums=sums.tobytes(),
-            )
-        )
+        pool, sums = self._scheduler.pool, self._parts.sums
+        self._send(blocks_ready(ready.sequence.attempt, ready.first, ready.blocks, pool, sums))
 
 
 def _sequences(step: Step) -> list[Sequence]:

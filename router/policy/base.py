@@ -15,13 +15,16 @@ from twinpool.router.request import NOBODY, Placement, Request
 class View:
     """What a policy may look at (borrowed, read-only)."""
 
-    __slots__ = ("commit_round_trip_s", "expected_output", "index", "pool")
+    __slots__ = ("bytes_per_s", "commit_round_trip_s", "expected_output", "index", "pool")
 
-    def __init__(self, pool: Pool, index: KvIndex, commit_round_trip_s: float, expected_output: int) -> None:
+    def __init__(
+        self, pool: Pool, index: KvIndex, commit_round_trip_s: float, expected_output: int, bytes_per_s: float = 1e9
+    ) -> None:
         self.pool = pool
         self.index = index
         self.commit_round_trip_s = commit_round_trip_s
         self.expected_output = expected_output  # tokens, mean of what requests of this cell wrote lately
+        self.bytes_per_s = bytes_per_s  # of KV between two workers, running mean
 
 
 class Refusal(NamedTuple):

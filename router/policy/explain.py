@@ -16,6 +16,7 @@ from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
 from twinpool.router.policy.base import Passed, Placement, Policy, Refusal, View, cached_tokens
 from twinpool.router.policy.baselines.at_arrival import AtArrival
+from twinpool.router.policy.fetch import MIN_GAIN_S, Offer, best_offer
 from twinpool.router.policy.least_seconds import (
     CLOCK_ERROR,
     LOCAL_MARGIN,
@@ -52,14 +53,17 @@ class PromptRow:
     worker: int
     name: str
     path: str  # split: it only computes the prompt; local: it decodes, too
-    cached: int  # prompt tokens predicted to be cached there
+    cached: int  # prompt tokens predicted to be cached there, after a fetch
     free_s: float  # until it could begin
-    prompt_s: float  # of the prompt, beside what decodes there
+    prompt_s: float  # of the prompt, beside what decodes there, and of waiting for a fetch
     first_s: float  # until the first token: the sum
     slack_s: float  # from then to the request's deadline; negative: late
     error_s: float  # by which prompts of such seconds usually are off: what must be in hand
     memory: float  # share of the KV tokens that may be booked, with this request
     why_not: str
+    fetched: int = 0  # of the cached tokens, those that come from another worker
+    fetch_s: float = 0.0  # until they are there
+    source: str = ""  # its name
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +103,36 @@ def _least_seconds_rows(
     policy: LeastSeconds, request: Request, workers: list[Worker], stairs: list[Stair], view: View, now: float
 ) -> list[PromptRow]:
     rows: list[PromptRow] = []
+    offer = best_offer(request, stairs, view, now) if policy.fetches else None
     for worker in workers:
         if policy.paths != "local" and "prefill" in worker.roles:
             wait_s = worker.free_at(now) - now
             why_not = _why_no_split(request, worker, view, now)
-            rows.append(_row(SPLIT, request, worker, stairs, now, wait_s, request.length, why_not))
+            row = _row(SPLIT, request, worker, stairs, now, wait_s, request.length, why_not)
+            rows.append(row if offer is None else _with_fetch(row, request, worker, offer, view, now))
     splits = [row for row in rows if row.why_not not in (DRAINS, TOO_SMALL, NO_DECODER)]
     for worker in workers:
         if policy.paths != "split" and "decode" in worker.roles:
             rows.append(_local_row(request, worker, stairs, splits, view, now))
     return rows
+
+
+def _with_fetch(row: PromptRow, request: Request, worker: Worker, offer: Offer, view: View, now: float) -> PromptRow:
+    """The row of a worker that fetches, if that is earlier by what it must be."""
+    first_s = offer.finish(worker, request, row.cached, now + row.free_s) - now
+    if first_s + MIN_GAIN_S >= row.first_s:
+        return row
+    later_s = first_s - row.first_s
+    return replace(
+        row,
+        cached=offer.tokens,
+        prompt_s=row.prompt_s + later_s,
+        first_s=first_s,
+        slack_s=row.slack_s - later_s,
+        fetched=offer.tokens - row.cached,
+        fetch_s=offer.ready(worker, row.cached) - now,
+        source=view.pool.workers[offer.source].name,
+    )
 
 
 def _why_no_split(request: Request, worker: Worker, view: View, now: float) -> str:

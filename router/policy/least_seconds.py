@@ -20,6 +20,7 @@ from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
 from twinpool.router.policy.base import NOBODY, Passed, Placement, Refusal, View, cached_tokens
+from twinpool.router.policy.fetch import MIN_GAIN_S, Offer, best_offer
 from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
@@ -38,9 +39,19 @@ class Candidate(NamedTuple):
 
     finish: float  # predicted time of the first token
     worker: int
-    cached: int
-    seconds: float
+    cached: int  # by then
+    seconds: float  # from its being free to the first token
     error_s: float  # by how much a prompt of such seconds usually is off its prediction
+    source: int = NOBODY  # of a fetch
+    fetched: int = 0  # of the cached tokens
+    fetch_s: float = 0.0
+
+
+def _with_fetch(plain: Candidate, worker: Worker, offer: Offer, free_at: float, now: float) -> Candidate:
+    """The same with the offer's prefix; its finish is that already."""
+    seconds, fetch_s = plain.finish - free_at, offer.ready(worker, plain.cached) - now
+    fetched = offer.tokens - plain.cached
+    return Candidate(plain.finish, plain.worker, offer.tokens, seconds, plain.error_s, offer.source, fetched, fetch_s)
 
 
 class Outlook(NamedTuple):
@@ -67,9 +78,10 @@ class LeastSeconds:
     name = "least_seconds"
     early = False
 
-    def __init__(self, paths: str = "auto", late: str = "serve") -> None:
+    def __init__(self, paths: str = "auto", late: str = "serve", fetch: str = "on") -> None:
         self.paths = paths
         self.late = late
+        self.fetches = fetch == "on"
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
         """Earliest predicted first token over all candidates with room."""
@@ -160,6 +172,7 @@ class LeastSeconds:
         best: Candidate | None = None
         somebody = False
         soonest = least = surest = math.inf
+        offer = best_offer(request, stairs, view, now) if stairs and self.fetches else None
         alike, seconds, known = -1, 0.0, None  # most workers are of one kind and have none of it cached
         for worker in view.pool.prefill:
             if length > worker.limit:
@@ -173,7 +186,11 @@ class LeastSeconds:
                 alike, known = cached, worker.pace
             free_at = worker.free_at(now)
             finish = free_at + seconds
-            error_s = worker.pace.spread * seconds
+            fetched = offer.finish(worker, request, cached, free_at) if offer is not None else math.inf
+            fetches = fetched + MIN_GAIN_S < finish
+            if fetches:
+                finish = fetched
+            error_s = worker.pace.spread * (finish - free_at)
             if finish < least:
                 least = finish
             if finish + error_s < surest:
@@ -185,6 +202,8 @@ class LeastSeconds:
                 somebody = True
                 if worker.booked + length <= worker.limit and (best is None or finish < best.finish):
                     best = Candidate(finish, worker.id, cached, seconds, error_s)
+                    if fetches and offer is not None:
+                        best = _with_fetch(best, worker, offer, free_at, now)
         return Outlook(best, soonest, least, surest, somebody)
 
     def _best_local(
@@ -250,18 +269,21 @@ class LeastSeconds:
     def _local(local: Candidate, split: Candidate | None, now: float) -> Placement:
         other = "no other worker has room" if split is None else f"split {1000 * (split.finish - now):.0f} ms"
         reason = f"local: first token in {1000 * (local.finish - now):.0f} ms, {other}"
-        return Placement(local.worker, local.worker, "local", reason, local.cached, local.seconds)
+        return Placement(local.worker, local.worker, "local", reason, *local[2:])
 
     def _split(self, request: Request, split: Candidate, view: View, now: float) -> Placement | None:
         decode = self.decode_for(request, view, now) if request.left > 1 else NOBODY
         if decode == split.worker:
             return self._local(split, None, now)
         reason = f"split: first token in {1000 * (split.finish - now):.0f} ms"
+        if split.fetched:
+            source = view.pool.workers[split.source].name
+            reason += f", {split.fetched} tokens from {source} in {1000 * split.fetch_s:.0f} ms"
         if request.left > 1 and decode == NOBODY:
             if not self._may_wait(request, view):
                 return None
             reason += ", no decode worker has room yet: KV waits"
-        return Placement(split.worker, decode, "split", reason, split.cached, split.seconds)
+        return Placement(split.worker, decode, "split", reason, *split[2:])
 
     @staticmethod
     def _may_wait(request: Request, view: View) -> bool:

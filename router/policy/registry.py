@@ -31,6 +31,7 @@ _LEAST_SECONDS = PolicyInfo(
     LeastSeconds,
     {
         "paths": Parameter("auto", help="auto: whichever is earlier", choices=("auto", "split", "local")),
+        "fetch": Parameter("on", help="what others have cached: fetched where that is earlier", choices=("on", "off")),
         "late": Parameter("serve", help="who cannot be in time: served last, or refused", choices=("serve", "refuse")),
     },
 )

@@ -110,6 +110,7 @@ class SchedulingConfig(Section):
     policy: str = Field("least_seconds", description="see `twinpool sim policies`; or module:Class")
     parameters: dict[str, float | str] = Field(default_factory=dict, description="of the policy")
     path: Literal["auto", "split", "local"] = Field("auto", description="auto: by predicted seconds")
+    fetch: bool = Field(True, description="a prompt's prefix that another worker has cached is fetched, if earlier")
     max_queue: int = Field(1024, ge=1, description="waiting requests; beyond, new ones are shed")
     max_attempts: int = Field(4, ge=1, description="a request is given up after so many lost attempts")
     no_worker_wait_ms: float = Field(5_000.0, ge=0, description="how long a request waits for a pool without workers")

@@ -89,11 +89,19 @@ def decisions(log: list[Turn], index_of: dict[int, int]) -> list[tuple[float, Pl
             if action[0] == "SendRenew":
                 continue  # the simulator's leases do not run out
             fields = list(action)
-            where = {"SendReserve": 2, "SendPrefill": 2, "SendDecode": 2, "Show": 1, "Finish": 1, "Refuse": 1}
+            where = {
+                "SendReserve": 2,
+                "SendLend": 2,
+                "SendPrefill": 2,
+                "SendDecode": 2,
+                "Show": 1,
+                "Finish": 1,
+                "Refuse": 1,
+            }
             if action[0] in where:
                 fields[where[action[0]]] = index_of[fields[where[action[0]]]]
             elif action[0] == "SendPull":
-                fields.pop()  # sums
+                del fields[-2:]  # sums, and a time-out that differs in the last bit
             found.append((now, tuple(fields)))
     return found
 

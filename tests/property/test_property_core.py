@@ -64,6 +64,10 @@ class CoreMachine(RuleBasedStateMachine):
     def running(self) -> list[Request]:
         return list(self.cluster.core.state.requests.values())
 
+    def known(self) -> set[int]:
+        """Numbers that mean something to the core."""
+        return {*self.cluster.core.state.by_attempt, *self.cluster.core.state.loans}
+
     # --- clients ----------
 
     @rule(
@@ -85,9 +89,10 @@ class CoreMachine(RuleBasedStateMachine):
         self.rid += 1
         self.cluster.stops[self.rid] = resumed + stop
         now = self.cluster.now
+        hashes = list(range(prompt // BLOCK))
         request = request_of(
             self.rid, prompt, resumed + output, ttft_s=ttft_s, itl_s=itl_s, resumed=resumed,
-            give_up=now + give_up_s, queue_until=now + queue_s,
+            give_up=now + give_up_s, queue_until=now + queue_s, hashes=hashes,
         )  # fmt: skip
         self.cluster.submit(request)
 
@@ -147,12 +152,19 @@ class CoreMachine(RuleBasedStateMachine):
     def cache(self, pick: int, hashes: list[int], reset: bool) -> None:
         self.cluster.deliver(ev.KvChanged(self.worker(pick).up.worker, hashes, [], reset))
 
+    @precondition(lambda self: self.cluster.workers)
+    @rule(pick=PICK, depth=st.integers(0, 20), lent=st.sampled_from([0, 2, 5, 1000]))
+    def cache_prefix(self, pick: int, depth: int, lent: int) -> None:
+        """A worker says that it has so much of every prompt, and has less."""
+        self.cluster.lent = lent
+        self.cluster.deliver(ev.KvChanged(self.worker(pick).up.worker, list(range(depth)), [], True))
+
     @precondition(lambda self: self.cluster.heard)
     @rule(pick=PICK)
     def speak_late(self, pick: int) -> None:
         """Once more a word about an attempt that is over by now, also of workers that are gone."""
         event = self.cluster.heard[pick % len(self.cluster.heard)]
-        if isinstance(event, LATE) and event.attempt not in self.cluster.core.state.by_attempt:
+        if isinstance(event, LATE) and event.attempt not in self.known():
             before = self.cluster.core.state.next_attempt
             self.cluster.deliver(event)
             assert self.cluster.core.state.next_attempt == before, "a late word must change nothing"

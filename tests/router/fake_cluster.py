@@ -22,9 +22,10 @@ from twinpool.router.request import Request
 from twinpool.router.state import Limits
 
 TICKS_IN_A_MOMENT = 50
-STARTS = (ev.SendReserve, ev.SendPrefill, ev.SendPull, ev.SendDecode)
+STARTS = (ev.SendReserve, ev.SendLend, ev.SendPrefill, ev.SendPull, ev.SendDecode)
 Order = (
-    ev.SendReserve | ev.SendPrefill | ev.SendPull | ev.SendDecode | ev.SendRelease | ev.SendCancel | ev.SendRenew
+    ev.SendReserve | ev.SendLend | ev.SendPrefill | ev.SendPull | ev.SendDecode | ev.SendRelease | ev.SendCancel
+    | ev.SendRenew
 )  # fmt: skip
 
 
@@ -42,6 +43,8 @@ class FakeCluster:
         self.stops: dict[int, int] = {}  # rid -> output length at which the model stops by itself
         self.expired: list[int] = []  # attempts whose lease ran out at a worker
         self.held = 0  # prompt blocks that decode workers find in their cache
+        self.lent = 1000  # blocks that a worker has, at most, of those that it is asked to lend
+        self.loans = 0  # that were asked for
         self.faults = dict.fromkeys(("no_room", "mute", "bad_pull"), 0)  # how many of the next ones go wrong
         self.heard: deque[ev.Event] = deque(maxlen=200)  # from workers
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -96,7 +99,8 @@ class FakeCluster:
         actions = self.core.on(event, self.now)
         self.core.state.check_integrity()
         for index, action in enumerate(actions):
-            if isinstance(action, STARTS) and action.attempt not in self.core.state.by_attempt:
+            state = self.core.state
+            if isinstance(action, STARTS) and action.attempt not in (state.by_attempt | state.loans):
                 cancel = ev.SendCancel(action.worker, action.attempt)
                 assert cancel in actions[index:], f"{action} for a dead attempt"
             self._perform(action)
@@ -161,6 +165,7 @@ class FakeCluster:
         assert self.ended.keys() == self.requests.keys()
         assert not state.requests
         assert not state.by_attempt
+        assert not state.loans
         assert not state.unhomed
         assert len(state.queue) == 0
         for worker in state.pool.workers.values():

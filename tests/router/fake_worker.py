@@ -125,6 +125,8 @@ class FakeWorker:
         match action:
             case ev.SendReserve():
                 self._reserve(action)
+            case ev.SendLend():
+                self._lend(action)
             case ev.SendPrefill():
                 self._prefill(action)
             case ev.SendPull():
@@ -165,11 +167,33 @@ class FakeWorker:
             job.received.update(range(min(held, (request.length - 1) // BLOCK)))
             self.say(ev.Reserved(self.up.worker, action.attempt, held))
 
+    def _lend(self, action: ev.SendLend) -> None:
+        count = min(self.cluster.lent, action.hashes)
+        self.cluster.loans += 1
+        if self.cluster.use("mute"):
+            return
+        if count:
+            assert action.attempt not in self.jobs, f"{self.up.name} has loan {action.attempt} already"
+            job = self.jobs[action.attempt] = Job(action.attempt, action.request, 0, BLOCK * count, 0)
+            job.announced = count
+            self._grant(job)
+        self.say(self._ready(action.attempt, 0, count))
+
+    def _ready(self, attempt: int, first: int, count: int) -> ev.BlocksReady:
+        """Blocks whose places say whose they are."""
+        return ev.BlocksReady(
+            self.up.worker, attempt, first, count, count * attempt.to_bytes(4, "little"), bytes(8 * count)
+        )
+
     def _prefill(self, action: ev.SendPrefill) -> None:
         request = action.request
+        reserved = self.jobs.pop(action.attempt, None)  # for a fetch, which is over, or late
         length = request.prompt_len + request.emitted
         blocks = -(-(length + action.decode) // BLOCK)
         job = Job(action.attempt, request, blocks, length, request.emitted, length, action.transfer, action.decode)
+        if reserved is not None:
+            assert not request.loan, f"the prompt of request {request.rid} begins before its fetch is over"
+            job.computed = BLOCK * min(len(reserved.received), (length - 1) // BLOCK)
         if self._admit(job):
             self._prompts.append(job)
             self._next_chunk()
@@ -202,7 +226,7 @@ class FakeWorker:
         first, count = job.announced, end - job.announced
         if count > 0:
             job.announced = end
-            self.say(ev.BlocksReady(self.up.worker, job.attempt, first, count, bytes(4 * count), bytes(8 * count)))
+            self.say(self._ready(job.attempt, first, count))
 
     def _pull(self, action: ev.SendPull) -> None:
         job = self.jobs.get(action.attempt)
@@ -218,7 +242,7 @@ class FakeWorker:
         if self.jobs.get(job.attempt) is not job:
             return
         peer = self.cluster.workers.get(action.peer)
-        source = peer.jobs.get(action.attempt) if peer else None
+        source = peer.jobs.get(int.from_bytes(action.blocks[:4], "little")) if peer else None
         if source is None or source.announced <= max(blocks) or self.cluster.use("bad_pull"):
             self.say(ev.BlocksBad(self.up.worker, job.attempt, "CHECKSUM"))
             return

@@ -55,7 +55,9 @@ def trouble(cluster: FakeCluster) -> None:
     """Traffic in which every kind of event is."""
     for worker, role in enumerate(("prefill", "prefill", "decode", "decode")):
         cluster.join(worker_up(worker, role, blocks=40))
-        cluster.deliver(ev.KvChanged(worker, [(1 << 64) - 1 - worker, 7], [], True))
+        cluster.deliver(
+            ev.KvChanged(worker, [(1 << 64) - 1 - worker, 7, *(range(8, 20) if worker == 3 else ())], [], True)
+        )
     for rid in range(1, REQUESTS + 1):
         if rid == 20:
             cluster.faults["bad_pull"] = cluster.faults["no_room"] = 2
@@ -63,7 +65,9 @@ def trouble(cluster: FakeCluster) -> None:
             cluster.kill(2)
         elif rid == 35:
             cluster.join(worker_up(2, "decode"))
-        cluster.submit(request_of(rid, 5 + 3 * (rid % 15), 1 + rid % 9, hashes=[7, rid], give_up=cluster.now + 9.0))
+        prompt = 5 + 3 * (rid % 15)
+        hashes = list(range(7, 7 + prompt // 4)) if rid % 4 == 0 else [7, rid]
+        cluster.submit(request_of(rid, prompt, 1 + rid % 9, hashes=hashes, give_up=cluster.now + 9.0))
         cluster.run(0.007 * (rid % 5))
         cluster.deliver(ev.Reported(2 + rid % 2, 30, 2, 0, 60, 0.009))
         if rid % 9 == 0:

@@ -111,7 +111,7 @@ def test_why_nothing_is_decoded_at_a_worker() -> None:
 
 
 def sentence(view: View, request: Request) -> str:
-    policy = LeastSeconds()
+    policy = LeastSeconds(fetch="off")
     answer = policy.on_room(request, view, NOW)
     assert not isinstance(answer, Placement)
     return why_waits(policy, request, prompt_rows(policy, request, view, NOW), answer)

@@ -16,7 +16,7 @@ def test_a_busy_worker_with_more_cached_is_waited_for() -> None:
     view = cell("prefill", "prefill", "decode")
     view.index.change(1, list(range(80)), [], False)  # 320 of 400 tokens: 32 ms less
     busy(view, 1, 0.025)
-    policy = LeastSeconds("split")
+    policy = LeastSeconds("split", fetch="off")
     assert policy.on_room(ask(), view, NOW) == PASSED, "there in 34 ms, here in 49"
     busy(view, 1, 0.025, attempt=51)
     placement = policy.on_room(ask(), view, NOW)
@@ -30,7 +30,7 @@ def test_who_will_be_late_here_waits_for_a_worker_that_is_in_time(hashes: bool) 
     if hashes:
         view.index.change(1, list(range(90)), [], False)
     busy(view, 1, 0.025)
-    answer = LeastSeconds("split").on_room(ask(deadline=NOW + 0.04), view, NOW)
+    answer = LeastSeconds("split", fetch="off").on_room(ask(deadline=NOW + 0.04), view, NOW)
     assert isinstance(answer, Passed)
     assert (answer.late_s > 0.0) == (not hashes)
 

@@ -119,7 +119,8 @@ def test_a_clusters_yaml(tmp_path: Path) -> None:
     )
     settings = from_config(path, ["pools.both.workers=1"])
     assert settings == Settings(
-        prefill=3, decode=5, both=1, parameters={"paths": "split"}, ttft_s=0.7, ttft_factor=1.5, itl_s=0.04,
+        prefill=3, decode=5, both=1, parameters={"paths": "split", "fetch": "on"}, ttft_s=0.7, ttft_factor=1.5,
+        itl_s=0.04,
         chunk_tokens=1024, max_batch=32, block_size=32, kv_tokens=32 * (1 << 20) // 256, closed_form=True, max_queue=77,
         max_queue_s=9.0,
     )  # fmt: skip

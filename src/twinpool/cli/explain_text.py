@@ -17,8 +17,9 @@ NONE = "-"
 Row = TypeVar("Row", bound=PromptRow | DecodeRow)
 CHOSEN = "chosen"
 EDGES = (
-    ("placed", "placed_s"), ("decode room", "reserved_s"), ("prompt begins", "prefill_started_s"),
-    ("first token", "first_s"), ("KV moved", "transferred_s"), ("decoding", "decoding_s"), ("over", "ended_s"),
+    ("placed", "placed_s"), ("decode room", "reserved_s"), ("fetch over", "fetch_ended_s"),
+    ("prompt begins", "prefill_started_s"), ("first token", "first_s"), ("KV moved", "transferred_s"),
+    ("decoding", "decoding_s"), ("over", "ended_s"),
 )  # fmt: skip
 
 
@@ -75,12 +76,16 @@ def _prompt_table(look: Look) -> Table:
     taken = _taken(look)
     rows = _kept(look.prompt, taken)
     for row in rows:
-        note = CHOSEN if row is taken else row.why_not
+        note = CHOSEN if row is taken else row.why_not or _fetch_of(row)
         times = (row.free_s, row.prompt_s, row.first_s, row.slack_s)
         cells = [f"{row.cached:,}", *map(_ms, times), f"{100.0 * row.memory:.0f}"]
         table.add_row(escape(row.name), row.path, *cells, escape(note))
     _rest(table, len(look.prompt) - len(rows))
     return table
+
+
+def _fetch_of(row: PromptRow) -> str:
+    return f"{row.fetched:,} from {row.source}" if row.fetched else ""
 
 
 def _taken(look: Look) -> PromptRow | None:
@@ -147,6 +152,8 @@ def _beside(attempt: Attempt, edge: str) -> str:
         return attempt.prefill
     if edge == "transferred_s" and attempt.kv_bytes:
         return f"{attempt.kv_bytes:,} bytes, {attempt.backend}"
+    if edge == "fetch_ended_s":
+        return f"{attempt.fetched:,} tokens from {attempt.source}" if attempt.fetched else attempt.fetch_outcome
     if edge in ("reserved_s", "decoding_s"):
         return attempt.decode
     return attempt.outcome if edge == "ended_s" else ""
@@ -159,6 +166,8 @@ def _comparison(look: Look, attempt: Attempt) -> Table:
     cached = NONE if attempt.cached < 0 else f"{attempt.cached:,}"
     first_s = look.at_s + look.first_s if look.first_s >= 0.0 else NEVER
     table.add_row("cached tokens", f"{look.cached:,}", cached)
+    if attempt.source:
+        table.add_row("fetch, ms", _known(attempt.fetch_predicted_s), _known(attempt.fetch_s))
     table.add_row("prompt, ms of steps", _known(look.prompt_s), _known(attempt.compute_s))
     table.add_row("first token, ms after arrival", _known(first_s), _known(attempt.first_s))
     return table
