@@ -23,14 +23,16 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def _timed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("timed")
     settings = EMULATED | {
         "worker.emulated.profile": "llama-70b-h100-tp4",
+        "edge.request_log": folder / "requests",
         "scheduling.path": "split",
         "scheduling.no_worker_wait_ms": 2_000,
         "transfer.backend": "tcp",
         "link.lease_ms": 3_000,
     }
-    with Cluster(tmp_path_factory.mktemp("timed"), settings, prefill=2, decode=2) as cluster:
+    with Cluster(folder, settings, prefill=2, decode=2) as cluster:
         yield cluster
 
 

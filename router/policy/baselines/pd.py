@@ -223,7 +223,7 @@ INFOS = (
         "mooncake_conductor",
         "argmin of predicted TTFT; refused if TTFT or ITL is predicted to miss its SLO",
         "Mooncake, arXiv 2407.00079, algorithm 1",
-        "fetching a longer prefix from another worker (the core has no such transfer), so no balancing threshold; "
+        "fetching a longer prefix from another worker, so no balancing threshold; "
         "replication of hot blocks; rejection by predicted decode load",
         MooncakeConductor,
         {"refuse": Parameter(1, 0, 1, "0: serve late what would be refused")},
