@@ -159,6 +159,17 @@ class CoreMachine(RuleBasedStateMachine):
         self.cluster.lent = lent
         self.cluster.deliver(ev.KvChanged(self.worker(pick).up.worker, list(range(depth)), [], True))
 
+    @precondition(lambda self: self.cluster.workers)
+    @rule(
+        pick=PICK, prompt=st.integers(40, 80), depth=st.integers(5, 20), lent=st.sampled_from([0, 3, 1000]), wait_s=GAPS
+    )
+    def come_back(self, pick: int, prompt: int, depth: int, lent: int, wait_s: float) -> None:
+        """A conversation of which one worker has a part, or says so."""
+        self.cache_prefix(pick, depth, lent)
+        self.rid += 1
+        self.cluster.submit(request_of(self.rid, prompt, 6, hashes=list(range(prompt // BLOCK))))
+        self.cluster.run(wait_s)
+
     @precondition(lambda self: self.cluster.heard)
     @rule(pick=PICK)
     def speak_late(self, pick: int) -> None:

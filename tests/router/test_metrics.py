@@ -40,6 +40,21 @@ def test_a_finished_sequence() -> None:
         assert sample(metrics, f"twinpool_{edge}_seconds_sum", class_="batch") == pytest.approx(seconds)
 
 
+def test_fetches() -> None:
+    metrics = Metrics()
+    metrics.observe_finished(OUT, "acme", "batch")
+    assert sample(metrics, "twinpool_fetches_total", outcome="") is None
+    came = {"fetch_outcome": "OK", "fetched_blocks": 7, "fetch_predicted_s": 0.25, "fetch_s": 0.5}
+    metrics.observe_finished(dataclasses.replace(OUT, **came), "acme", "batch")  # type: ignore[arg-type]
+    late = {"fetch_outcome": "LATE", "fetch_predicted_s": 0.25, "fetch_s": 0.75}
+    metrics.observe_finished(dataclasses.replace(OUT, **late), "acme", "batch")  # type: ignore[arg-type]
+    assert sample(metrics, "twinpool_fetches_total", outcome="OK") == 1
+    assert sample(metrics, "twinpool_fetches_total", outcome="LATE") == 1
+    assert sample(metrics, "twinpool_fetched_blocks_total") == 7
+    assert sample(metrics, "twinpool_fetch_seconds_total", kind="predicted") == 0.25
+    assert sample(metrics, "twinpool_fetch_seconds_total", kind="actual") == 0.5
+
+
 def test_failed_and_refused() -> None:
     metrics = Metrics()
     metrics.observe_failed("cancelled", "realtime")
