@@ -118,4 +118,4 @@ class Fetches:
             cached = max(cached, fetch.pulled * size)
         cached = min(cached, (request.length - 1) // size * size)
         self._state.end_loan(request, now, outcome == CHECKSUM)
-        worker.progress(request.attempt, request.length - cached, cached, now)
+        worker.progress(request.attempt, request.length - cached, cached, 1.0, now)

@@ -41,17 +41,17 @@ class Candidate(NamedTuple):
     worker: int
     cached: int  # by then
     seconds: float  # from its being free to the first token
-    error_s: float  # by how much a prompt of such seconds usually is off its prediction
     source: int = NOBODY  # of a fetch
     fetched: int = 0  # of the cached tokens
     fetch_s: float = 0.0
+    error_s: float = 0.0  # by how much a prompt of such seconds usually is off its prediction
 
 
 def _with_fetch(plain: Candidate, worker: Worker, offer: Offer, free_at: float, now: float) -> Candidate:
     """The same with the offer's prefix; its finish is that already."""
     seconds, fetch_s = plain.finish - free_at, offer.ready(worker, plain.cached) - now
     fetched = offer.tokens - plain.cached
-    return Candidate(plain.finish, plain.worker, offer.tokens, seconds, plain.error_s, offer.source, fetched, fetch_s)
+    return Candidate(plain.finish, plain.worker, offer.tokens, seconds, offer.source, fetched, fetch_s, plain.error_s)
 
 
 class Outlook(NamedTuple):
@@ -201,7 +201,7 @@ class LeastSeconds:
             elif not worker.full:
                 somebody = True
                 if worker.booked + length <= worker.limit and (best is None or finish < best.finish):
-                    best = Candidate(finish, worker.id, cached, seconds, error_s)
+                    best = Candidate(finish, worker.id, cached, seconds, error_s=error_s)
                     if fetches and offer is not None:
                         best = _with_fetch(best, worker, offer, free_at, now)
         return Outlook(best, soonest, least, surest, somebody)
@@ -239,12 +239,12 @@ class LeastSeconds:
     def _local_candidate(worker: Worker, request: Request, cached: int, alone_s: float, now: float) -> Candidate | None:
         """``alone_s``: seconds without decodes beside the prompt. None where they leave no useful chunk."""
         if not worker.decodes:
-            return Candidate(now + alone_s, worker.id, cached, alone_s, 0.0)
+            return Candidate(now + alone_s, worker.id, cached, alone_s)
         beside = worker.beside(request.itl_s)
         if beside.tokens < MIN_LOCAL_CHUNK:
             return None
         seconds = worker.prompt_s(request.length - cached, cached, request.itl_s)
-        return Candidate(now + beside.load_s / 2 + seconds, worker.id, cached, seconds, 0.0)
+        return Candidate(now + beside.load_s / 2 + seconds, worker.id, cached, seconds)
 
     @staticmethod
     def _prompt_s(worker: Worker, request: Request, stairs: list[Stair]) -> float:
@@ -269,7 +269,7 @@ class LeastSeconds:
     def _local(local: Candidate, split: Candidate | None, now: float) -> Placement:
         other = "no other worker has room" if split is None else f"split {1000 * (split.finish - now):.0f} ms"
         reason = f"local: first token in {1000 * (local.finish - now):.0f} ms, {other}"
-        return Placement(local.worker, local.worker, "local", reason, *local[2:])
+        return Placement(local.worker, local.worker, "local", reason, *local[2:7])
 
     def _split(self, request: Request, split: Candidate, view: View, now: float) -> Placement | None:
         decode = self.decode_for(request, view, now) if request.left > 1 else NOBODY
@@ -283,7 +283,7 @@ class LeastSeconds:
             if not self._may_wait(request, view):
                 return None
             reason += ", no decode worker has room yet: KV waits"
-        return Placement(split.worker, decode, "split", reason, *split[2:])
+        return Placement(split.worker, decode, "split", reason, *split[2:7])
 
     @staticmethod
     def _may_wait(request: Request, view: View) -> bool:
