@@ -137,7 +137,7 @@ def test_replay_of_a_yaml_with_flags_on_top(folder: Path, tmp_path: Path) -> Non
     config.write_text("pools: {prefill: {workers: 1}, decode: {workers: 2}}\nscheduling: {path: split}\n")
     given = figures(sim("replay", folder / "open.jsonl", "-c", config, "--decode", 1, "--json", "-"))
     assert (given["settings"]["prefill"], given["settings"]["decode"]) == (1, 1)
-    assert given["settings"]["parameters"] == {"paths": "split"}
+    assert given["settings"]["parameters"] == {"paths": "split", "fetch": "on"}
     assert given["path_share"]["local"] == 0.0
     other = figures(sim("replay", folder / "open.jsonl", "-c", config, "--policy", "dynamo", "--json", "-"))
     assert other["settings"]["parameters"] == {}
