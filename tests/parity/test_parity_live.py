@@ -84,7 +84,7 @@ def test_where_engines_are_exact_progress_is_told_of_ends_and_misjudged_prefixes
     told: dict[int, list[tuple[int, int]]] = {}
     for _, event, _ in run.log:
         if event[0] == "Progressed":
-            _, _, attempt, done, cached, _ = event
+            _, _, attempt, done, cached, *_ = event
             told.setdefault(attempt, []).append((done, cached))
     assert sum(prompt > SPLIT.chunk_tokens for prompt in trace.prompt) > 20
     assert sorted(says[-1][0] for says in told.values()) == sorted(trace.prompt)
