@@ -47,12 +47,15 @@ def plan_chunks(
     """
     taken = 0
     counts: list[int] = []
+    parts: list[tuple[int, int]] = []
     for prompt in prompts:
-        start = prompt.computed
+        start, pace = prompt.computed, prompt.pace
         room = chunk_tokens - taken
-        pace = prompt.pace if limit_s < math.inf else 1.0
         if limit_s < math.inf:
-            within_s = limit_s if pace == 1.0 else _unpaced(limit_s, pace, batch, context, cost)
+            within_s = limit_s
+            if pace != 1.0:
+                base_s = _without_attention(parts, batch, context, cost)
+                within_s = base_s + (limit_s - base_s) / pace
             room = min(room, cost.largest_chunk(within_s, start, batch, context, taken))
         if not counts:
             room = max(room, block_size)
@@ -65,20 +68,23 @@ def plan_chunks(
             break
         taken += count
         limit_s -= cost.attention(count, start)
-        if pace != 1.0:
-            added_s = cost.step([(count, start)], batch, context) - _alone(batch, context, cost)
-            limit_s -= (pace - 1.0) * added_s
+        if pace != 1.0 and limit_s < math.inf:
+            more = [*parts, (count, start)]
+            limit_s -= (pace - 1.0) * (cost.step(more, batch, context) - _seconds(parts, batch, context, cost))
+        parts.append((count, start))
     return counts
 
 
-def _alone(batch: int, context: int, cost: Cost) -> float:
+def _seconds(parts: list[tuple[int, int]], batch: int, context: int, cost: Cost) -> float:
+    """Of a step, which may be empty."""
+    if parts:
+        return cost.step(parts, batch, context)
     return cost.decode(batch, context) if batch else 0.0
 
 
-def _unpaced(limit_s: float, pace: float, batch: int, context: int, cost: Cost) -> float:
-    """The predicted seconds of a step that lasts ``limit_s`` where its chunks go at ``pace``."""
-    alone_s = _alone(batch, context, cost)
-    return alone_s + (limit_s - alone_s) / pace
+def _without_attention(parts: list[tuple[int, int]], batch: int, context: int, cost: Cost) -> float:
+    """Seconds of a step, those of its chunks' attention taken off."""
+    return _seconds(parts, batch, context, cost) - sum([cost.attention(count, start) for count, start in parts])
 
 
 def blocks_to_announce(computed: int, prompt_len: int, announced: int, block_size: int) -> int:
