@@ -9,6 +9,7 @@ from twinpool.cost import ITL_SHARE, Cost
 from twinpool.router import events as ev
 from twinpool.sim.memory import Memory
 from twinpool.sim.net import Net
+from twinpool.sim.planned_cost import PlannedCost
 from twinpool.sim.sequence import GONE, Sequence
 from twinpool.workers.chunks import blocks_to_announce, plan_chunks, put_in_order
 from twinpool.workers.pace import mean_pace, pace_seen
@@ -21,13 +22,14 @@ class Prompts:
 
     __slots__ = (
         "_batch", "_chunk_tokens", "_context", "_cost", "_counts", "_first", "_id", "_last", "_memory", "_net", "_pace",
-        "_size", "_unit", "chunks", "ready", "tokens", "waiting",
+        "_parts", "_planned", "_size", "_unit", "chunks", "ready", "tokens", "waiting",
     )  # fmt: skip
 
     def __init__(self, id: int, net: Net, cost: Cost, memory: Memory, block_size: int, chunk_tokens: int) -> None:
         self._id = id
         self._net = net
-        self._cost = cost
+        self._cost: Cost = cost.planned if isinstance(cost, PlannedCost) else cost  # by which it is planned
+        self._planned = isinstance(cost, PlannedCost)  # steps last as another cost says
         self._memory = memory
         self._size = block_size
         self._unit = memory.unit_blocks * block_size
@@ -37,6 +39,7 @@ class Prompts:
         self._counts: list[int] = []  # tokens of the chunks
         self._pace = 1.0  # of the chunks together, as expected
         self._batch = self._context = 0  # what decodes beside them
+        self._parts: list[tuple[int, int]] = []  # (tokens, computed before) of each
         self.waiting = 0
         self.ready: list[Sequence] = []  # have blocks to announce, perhaps
         self.chunks: list[Sequence] = []  # whose chunks are in the step that runs
@@ -73,7 +76,7 @@ class Prompts:
             prompts, limit_s, batch, context, self._cost, self._chunk_tokens, self._size
         )
         self._batch, self._context = batch, context
-        parts: list[tuple[int, int]] = []
+        self._parts = parts = []
         paced = False
         for i, tokens in enumerate(counts):
             sequence = prompts[i]
@@ -94,9 +97,14 @@ class Prompts:
         return work / tokens
 
     def computed(self, seconds: float, predicted: float, now: float) -> list[Sequence]:
-        """The step of the chunks is over; returns whose prompt is done, in order. Those still wait."""
+        """The step of the chunks is over; returns whose prompt is done, in order. Those still wait.
+
+        ``predicted``: its seconds by the cost that says how long steps last.
+        """
         done: list[Sequence] = []
         pace = 0.0
+        if self._planned:
+            predicted = self._cost.step(self._parts, self._batch, self._context)
         if seconds != predicted or self._pace != 1.0:
             alone = self._cost.decode(self._batch, self._context) if self._batch else 0.0
             pace = pace_seen(seconds, predicted, alone, self._pace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 from tests.sim.search_traffic import traffic
 
 from twinpool.cost import ITL_SHARE, StepCost
+from twinpool.router import events as ev
 from twinpool.sim.calibrate import Given, fit_steps, make_profile, write_profile
 from twinpool.sim.calibrate_logs import read_steps
 from twinpool.sim.profiles import load_profile
-from twinpool.sim.replay import Cluster, replay
+from twinpool.sim.replay import Cluster, build, replay, run
 from twinpool.sim.settings import Settings
 from twinpool.workers.step_log import StepLog, WorkerLine
 
@@ -81,3 +83,19 @@ def test_planning_by_the_truth_changes_nothing(tmp_path: Path) -> None:
     trace = traffic(60)
     digests = {replay(trace, replace(SETTINGS, profile=str(file))).digest for file in (plain, same)}
     assert len(digests) == 1
+
+
+def test_what_comes_on_top_is_news_where_it_is_much(tmp_path: Path) -> None:
+    """As live: the worker sees that a step was late, tells the router, and cuts the next chunk by it."""
+    profile = str(written(tmp_path, 0.004, PLANNED))
+    trace = replace(traffic(30, rate=0.5), prompt=array("q", [4000] * 30), output=array("q", [300] * 30))
+    settings = replace(SETTINGS, profile=profile)
+    told: list[ev.Progressed] = []
+    loop = build(trace, settings)
+    heard = loop.core.attempts.progressed
+    loop.core._handlers[ev.Progressed] = lambda event, now: (told.append(event), heard(event, now))  # type: ignore[func-returns-value, assignment]
+    run(loop)
+    assert len(told) > len(trace)  # not only the ends of prompts
+    assert max(event.pace for event in told) > 1.1
+    gaps = replay(trace, settings).summary()["itl_ms"]
+    assert gaps["p99"] / 1e3 < ITL_SHARE * SETTINGS.itl_s + 0.002
