@@ -170,7 +170,8 @@ class Core:
     def _place_waiting(self, now: float) -> Request | None:
         """Those that can be in time, in order; then those that cannot. Returns the first passed over."""
         state = self.state
-        below = NO_RANK if state.pool.prefill_share < FILL_BELOW else BATCH_RANK
+        share = state.orders.prefill_share() if state.large else state.pool.prefill_share
+        below = NO_RANK if share < FILL_BELOW else BATCH_RANK
         view = state.view()
         first: Request | None = None
         passed = 0

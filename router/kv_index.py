@@ -70,6 +70,16 @@ class KvIndex:
         stairs.reverse()
         return stairs
 
+    def still(self, stairs: list[Stair], hashes: list[int]) -> bool:
+        """Whether ``stairs(hashes)`` would be these: a few lookups, since masks only shrink along a prompt."""
+        masks, low = self._masks, 0
+        for i in range(len(stairs) - 1, -1, -1):
+            depth, mask = stairs[i]
+            if masks.get(hashes[low]) != mask or masks.get(hashes[depth - 1]) != mask:
+                return False
+            low = depth
+        return low == len(hashes) or hashes[low] not in masks
+
     def _last_equal(self, hashes: list[int], low: int, mask: int) -> int:
         """Largest i >= low with masks[hashes[i]] == mask (masks only shrink along a prompt)."""
         masks = self._masks

@@ -77,9 +77,9 @@ class Worker:
 
     __slots__ = (
         "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity",
-        "chunk_tokens", "context", "cost", "decodes", "device", "draining", "fills", "full", "held", "id",
-        "index_tokens", "itl_s", "limit", "link_busy", "max_batch", "name", "pace", "pending", "prefills", "roles",
-        "since", "slos", "work_s",
+        "changes", "chunk_tokens", "context", "cost", "decodes", "device", "draining", "fills", "full", "held", "id",
+        "index_tokens", "itl_s", "limit", "link_busy", "max_batch", "name", "noted", "pace", "pending", "prefills",
+        "roles", "since", "slos", "work_s",
     )  # fmt: skip
 
     def __init__(self, up: WorkerUp) -> None:
@@ -115,6 +115,14 @@ class Worker:
         self.itl_s: dict[int, float] = {}  # attempt -> SLO of a decoding sequence
         self.slos: dict[float, int] = {}  # how many of them have which
         self._beside: dict[float, Beside] = {}  # ITL SLO -> ..., until other sequences decode here
+        self.changes: list[Worker] = []  # the pool's, of workers whose prompts, decodes or bookings changed
+        self.noted = False  # it is in there
+
+    def note(self) -> None:
+        """Its prompts, decodes or bookings changed."""
+        if not self.noted:
+            self.noted = True
+            self.changes.append(self)
 
     @property
     def batch(self) -> int:
@@ -189,6 +197,7 @@ class Worker:
         self, attempt: int, seconds: float, tokens: int, cached: int, now: float, fills: bool = False
     ) -> None:
         """Predicted work of one prompt joins the end of the line, or (``fills``) what is done beside the line."""
+        self.note()
         self.pending += tokens
         if fills:
             self.fills[attempt] = Commitment(seconds, tokens, cached)
@@ -207,6 +216,7 @@ class Worker:
             fill.cached = cached
         work = self.prefills.get(attempt)
         if work is not None:
+            self.note()
             self.pending += left - work.tokens
             work.tokens = left
             work.cached = cached
@@ -223,6 +233,7 @@ class Worker:
         """The prompt is computed, or nobody wants it any more. Idempotent."""
         fill = self.fills.pop(attempt, None)
         if fill is not None:
+            self.note()
             self.pending -= fill.tokens
         work = self.prefills.get(attempt)
         if work is None:
@@ -231,6 +242,7 @@ class Worker:
             if head == attempt:
                 self.since = now
             break
+        self.note()
         del self.prefills[attempt]
         self.pending -= work.tokens
         self.work_s = self.work_s - work.seconds if self.prefills else 0.0  # no error outlives a quiet moment
@@ -256,12 +268,14 @@ class Worker:
 
     def book(self, attempt: int, rid: int, tokens: int) -> None:
         """Promise KV room for an attempt; replaces an earlier promise to the same one."""
+        self.note()
         self.booked += tokens - self.held.get(attempt, 0)
         self.held[attempt] = tokens
         self.attempts[attempt] = rid
 
     def join_decode(self, attempt: int, context: int, itl_s: float) -> None:
         """A sequence decodes here, or will."""
+        self.note()
         self.decodes[attempt] = context
         self.context += context
         self._beside.clear()
@@ -272,6 +286,7 @@ class Worker:
         """Drop everything of an attempt; whether there was anything. Idempotent."""
         if self.attempts.pop(attempt, None) is None:
             return False
+        self.note()
         self.booked -= self.held.pop(attempt, 0)
         context = self.decodes.pop(attempt, None)
         if context is not None:
@@ -326,7 +341,7 @@ class Worker:
 class Pool:
     """All workers of a cell. ``prefill`` and ``decode`` list those that may take new work, in order of id: borrowed."""
 
-    __slots__ = ("common_room", "costs", "decode", "prefill", "workers")
+    __slots__ = ("changes", "common_room", "costs", "decode", "prefill", "version", "workers")
 
     def __init__(self) -> None:
         self.workers: dict[int, Worker] = {}
@@ -334,6 +349,8 @@ class Pool:
         self.decode: list[Worker] = []
         self.costs: list[Cost] = []  # the different ones
         self.common_room = 0  # KV tokens that the largest worker of each pool could book
+        self.version = 0  # counts changes of who is in which list, and of what they predict with
+        self.changes: list[Worker] = []  # those that noted a change; whoever orders them clears it (policy/orders.py)
 
     def of(self, role: str) -> list[Worker]:
         """The list of one role."""
@@ -342,6 +359,7 @@ class Pool:
     def add(self, worker: Worker) -> None:
         """A worker comes. Equal devices share one pace and the fastest measurement: noise only makes a step slower."""
         self.workers[worker.id] = worker
+        worker.changes = self.changes
         alike = [other for other in self.workers.values() if other.device == worker.device]
         best = min((other.cost for other in alike), key=lambda cost: cost.prefill(PROBE_TOKENS, 0, PROBE_TOKENS))
         for other in alike:
@@ -356,6 +374,7 @@ class Pool:
 
     def sort(self) -> None:
         """Roles changed, or a worker drains."""
+        self.version += 1
         ready = [worker for _, worker in sorted(self.workers.items()) if not worker.draining]
         self.prefill = [worker for worker in ready if "prefill" in worker.roles]
         self.decode = [worker for worker in ready if "decode" in worker.roles]

@@ -14,11 +14,13 @@ from twinpool.router import events as ev
 from twinpool.router.admission import Queue
 from twinpool.router.kv_index import KvIndex
 from twinpool.router.policy.base import View
+from twinpool.router.policy.orders import Orders
 from twinpool.router.pool import Pool
 from twinpool.router.request import NOBODY, Bound, Phase, Placement, Request
 
 FORGETTING: Final = 0.05  # weight of a new sample in the running means
 MIN_TIMERS: Final = 1024
+LARGE_POOL: Final = 33  # workers from which on it is quicker to keep them in order than to ask each
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ class State:
     """One cell's state and the actions of the event in hand."""
 
     __slots__ = (
-        "actions", "by_attempt", "bytes_per_s", "index", "limits", "loans", "mean_output", "next_attempt", "pool",
-        "queue", "requests", "room_changed", "round_trip_s", "timer_limit", "timers", "unhomed",
+        "actions", "by_attempt", "bytes_per_s", "index", "limits", "loans", "mean_output", "next_attempt", "orders",
+        "pool", "queue", "requests", "room_changed", "round_trip_s", "timer_limit", "timers", "unhomed",
     )  # fmt: skip
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.pool = Pool()
+        self.orders = Orders(self.pool)
         self.index = KvIndex()
         self.queue = Queue(limits.max_queue)
         self.requests: dict[int, Request] = {}
@@ -58,9 +61,16 @@ class State:
         self.round_trip_s = 0.001
         self.room_changed = False
 
+    @property
+    def large(self) -> bool:
+        """Whether workers are kept in order."""
+        return len(self.pool.workers) >= LARGE_POOL
+
     def view(self) -> View:
         """What a policy may look at."""
-        return View(self.pool, self.index, self.round_trip_s, max(1, round(self.mean_output)), self.bytes_per_s)
+        orders = self.orders if self.large else None
+        output = max(1, round(self.mean_output))
+        return View(self.pool, self.index, self.round_trip_s, output, self.bytes_per_s, orders)
 
     def expected_output(self, request: Request) -> int:
         """Output tokens to book for: the running mean, at most what may still come."""
@@ -205,6 +215,7 @@ class State:
     def check_integrity(self) -> None:
         """Every booking belongs to a live attempt and every live attempt is booked, or AssertionError."""
         self.index.check_integrity()
+        self.orders.check_integrity()
         for worker in self.pool.workers.values():
             worker.check_integrity()
             for attempt, rid in worker.attempts.items():

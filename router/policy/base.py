@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from twinpool.router.kv_index import KvIndex, Stair
+from twinpool.router.policy.orders import Orders
 from twinpool.router.pool import Pool, Worker
 from twinpool.router.request import NOBODY, Placement, Request
 
@@ -15,16 +16,18 @@ from twinpool.router.request import NOBODY, Placement, Request
 class View:
     """What a policy may look at (borrowed, read-only)."""
 
-    __slots__ = ("bytes_per_s", "commit_round_trip_s", "expected_output", "index", "pool")
+    __slots__ = ("bytes_per_s", "commit_round_trip_s", "expected_output", "index", "orders", "pool")
 
     def __init__(
-        self, pool: Pool, index: KvIndex, commit_round_trip_s: float, expected_output: int, bytes_per_s: float = 1e9
-    ) -> None:
+        self, pool: Pool, index: KvIndex, commit_round_trip_s: float, expected_output: int, bytes_per_s: float = 1e9,
+        orders: Orders | None = None,
+    ) -> None:  # fmt: skip
         self.pool = pool
         self.index = index
         self.commit_round_trip_s = commit_round_trip_s
         self.expected_output = expected_output  # tokens, mean of what requests of this cell wrote lately
         self.bytes_per_s = bytes_per_s  # of KV between two workers, running mean
+        self.orders = orders  # of a large pool: refresh before use
 
 
 class Refusal(NamedTuple):

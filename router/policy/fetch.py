@@ -61,8 +61,11 @@ def best_offer(request: Request, stairs: list[Stair], view: View, now: float) ->
         return None
     depth, mask = stairs[0]
     best: Worker | None = None
-    for worker in view.pool.workers.values():
-        if mask >> worker.id & 1 and (best is None or worker.link_busy < best.link_busy):
+    while mask:
+        low = mask & -mask
+        mask ^= low
+        worker = view.pool.workers.get(low.bit_length() - 1)
+        if worker is not None and (best is None or worker.link_busy < best.link_busy):
             best = worker
     if best is None:
         return None

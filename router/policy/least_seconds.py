@@ -12,15 +12,17 @@ is where the prompt takes longer than predicted by as much as prompts usually ar
 from __future__ import annotations
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 from mypy_extensions import mypyc_attr
 
 from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
+from twinpool.router.policy import large_pool
 from twinpool.router.policy.base import NOBODY, Passed, Placement, Refusal, View, cached_tokens
-from twinpool.router.policy.fetch import MIN_GAIN_S, Offer, best_offer
+from twinpool.router.policy.candidates import NO_OUTLOOK, Candidate, Outlook, with_fetch
+from twinpool.router.policy.fetch import MIN_GAIN_S, best_offer
 from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
@@ -32,39 +34,6 @@ MIN_COMMIT_S: Final = 0.020
 MAX_COMMIT_S: Final = 0.150
 CLOCK_ERROR: Final = 1e-6  # seconds: more than sums of clock readings round off
 PASSED = Passed()
-
-
-class Candidate(NamedTuple):
-    """A worker that could compute the prompt."""
-
-    finish: float  # predicted time of the first token
-    worker: int
-    cached: int  # by then
-    seconds: float  # from its being free to the first token
-    source: int = NOBODY  # of a fetch
-    fetched: int = 0  # of the cached tokens
-    fetch_s: float = 0.0
-    error_s: float = 0.0  # by how much a prompt of such seconds usually is off its prediction
-
-
-def _with_fetch(plain: Candidate, worker: Worker, offer: Offer, free_at: float, now: float) -> Candidate:
-    """The same with the offer's prefix; its finish is that already."""
-    seconds, fetch_s = plain.finish - free_at, offer.ready(worker, plain.cached) - now
-    fetched = offer.tokens - plain.cached
-    return Candidate(plain.finish, plain.worker, offer.tokens, seconds, offer.source, fetched, fetch_s, plain.error_s)
-
-
-class Outlook(NamedTuple):
-    """What the prefill workers promise a request: predicted times of its first token, infinity for never."""
-
-    split: Candidate | None  # the earliest of those with room now
-    soonest: float  # of those that are busy beyond the commit horizon
-    least: float  # of all that it could ever fit
-    surest: float  # ... with the usual error in hand
-    somebody: bool  # one may take prompts now, though perhaps not this one
-
-
-NO_OUTLOOK: Final = Outlook(None, math.inf, math.inf, math.inf, False)
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)  # the built-in policy is what others start from
@@ -85,7 +54,11 @@ class LeastSeconds:
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
         """Earliest predicted first token over all candidates with room."""
-        stairs = view.index.stairs(request.hashes) if request.hashes else []
+        if view.orders is None:
+            stairs = view.index.stairs(request.hashes) if request.hashes else []
+        else:
+            view.orders.refresh()
+            stairs = view.orders.about(request, view.index).stairs
         anyway = request.late or request.first_at >= 0.0  # placed as soon as may be: no deadline to meet
         outlook = NO_OUTLOOK if self.paths == "local" else self._outlook(request, stairs, view, now)
         split, somebody = outlook.split, outlook.somebody
@@ -137,6 +110,9 @@ class LeastSeconds:
         """Least max(ITL ratio, memory ratio) among workers where both stay in bounds; ties to the lower id."""
         best, best_score = NOBODY, math.inf
         need = request.length + min(request.left, view.expected_output)
+        if view.orders is not None:
+            view.orders.refresh()
+            return large_pool.least_loaded(request, view.pool, view.orders, need, self._decode_score)
         for worker in view.pool.decode:
             score = self._decode_score(worker, request, need)
             if score < best_score:
@@ -152,6 +128,9 @@ class LeastSeconds:
     def next_room(self, view: View, now: float) -> float:
         """The first moment at which a busy worker comes within the commit horizon."""
         horizon = self._horizon(view)
+        if view.orders is not None:
+            view.orders.refresh()
+            return large_pool.next_free(view.pool, view.orders, horizon, now)
         soonest = math.inf
         for worker in view.pool.workers.values():
             if worker.prefills:
@@ -169,6 +148,10 @@ class LeastSeconds:
         limit = now + self._horizon(view) + CLOCK_ERROR
         length = request.length
         fills = request.rank >= BATCH_RANK  # takes only what nobody else does
+        if view.orders is not None and not fills:
+            found = view.orders.known[request.rid].depths
+            outlook = large_pool.outlook(request, found, view.pool, view.orders, limit, now)
+            return large_pool.fetching(outlook, request, stairs, view, now) if stairs and self.fetches else outlook
         best: Candidate | None = None
         somebody = False
         soonest = least = surest = math.inf
@@ -190,7 +173,7 @@ class LeastSeconds:
             fetches = fetched + MIN_GAIN_S < finish
             if fetches:
                 finish = fetched
-            error_s = worker.pace.spread * (finish - free_at)
+            error_s = worker.pace.spread * (finish - free_at if fetches else seconds)
             if finish < least:
                 least = finish
             if finish + error_s < surest:
@@ -203,7 +186,7 @@ class LeastSeconds:
                 if worker.booked + length <= worker.limit and (best is None or finish < best.finish):
                     best = Candidate(finish, worker.id, cached, seconds, error_s=error_s)
                     if fetches and offer is not None:
-                        best = _with_fetch(best, worker, offer, free_at, now)
+                        best = with_fetch(best, worker, offer, free_at, now)
         return Outlook(best, soonest, least, surest, somebody)
 
     def _best_local(
@@ -216,6 +199,18 @@ class LeastSeconds:
         need = length + min(request.left, view.expected_output)
         split = outlook.split
         bound = outlook.least if split is None else split.finish
+        orders = view.orders
+        if orders is not None:
+            if not large_pool.may_take_prompts(view.pool, orders, LOCAL_MEMORY):
+                return None, False
+            found = orders.known[request.rid].depths
+            if split is None and not large_pool.may_be_earlier(request, found, orders, bound, now):
+                return None, True
+            search = large_pool.LocalSearch(
+                request, view.pool, orders, need, LOCAL_MEMORY, bound, now, self._local_candidate
+            )
+            also = NOBODY if split is None else split.worker
+            return large_pool.best_local(search, found, orders, bound, now, also), True
         alike, seconds, known = -1, 0.0, None
         for worker in view.pool.decode:
             if worker.prefills or worker.fills or worker.booked > LOCAL_MEMORY * worker.capacity:

@@ -1,0 +1,315 @@
+"""The searches of ``least_seconds`` in a large cell: the same answers as asking every worker, from a few of them. Pure.
+
+Workers that have equally much of a prompt cached take equally long for it, so among them the one that is free first is
+the earliest. Hence for each depth of the staircase (``kv_index.py``) a search goes along ``Orders``, past those that
+have another depth, until a bound says that nobody behind is earlier.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Final
+
+from twinpool.cost import ITL_SHARE
+from twinpool.router.kv_index import Stair
+from twinpool.router.policy.base import View
+from twinpool.router.policy.candidates import Candidate, Outlook, with_fetch
+from twinpool.router.policy.fetch import MIN_GAIN_S, best_offer
+from twinpool.router.policy.orders import Depth, Orders
+from twinpool.router.pool import Pool, Worker
+from twinpool.router.request import NOBODY, Request
+
+ROUNDING: Final = 1e-9  # seconds: more than sums of clock readings round off
+
+
+def numbers(mask: int) -> list[int]:
+    """Ids in a mask, ascending."""
+    found: list[int] = []
+    while mask:
+        low = mask & -mask
+        found.append(low.bit_length() - 1)
+        mask ^= low
+    return found
+
+
+class PrefillSearch:
+    """Gathers an ``Outlook``."""
+
+    __slots__ = (
+        "_best", "_length", "_limit", "_now", "_orders", "_workers", "least", "somebody", "soonest", "surest",
+    )  # fmt: skip
+
+    def __init__(self, pool: Pool, orders: Orders, length: int, limit: float, now: float) -> None:
+        self._workers = pool.workers
+        self._orders = orders
+        self._length = length
+        self._limit = limit
+        self._now = now
+        self._best: Candidate | None = None
+        self.soonest = self.least = self.surest = math.inf
+        self.somebody = False
+
+    def ask(self, worker: Worker, seconds: float, cached: int) -> bool:
+        """Count one worker in; whether it could take the prompt at once."""
+        if self._length > worker.limit:
+            return False
+        free_at = worker.free_at(self._now)
+        finish = free_at + seconds
+        error_s = worker.pace.spread * seconds
+        if finish < self.least:
+            self.least = finish
+        if finish + error_s < self.surest:
+            self.surest = finish + error_s
+        if free_at > self._limit:
+            if finish < self.soonest:
+                self.soonest = finish
+            return False
+        if worker.full:
+            return False
+        self.somebody = True
+        if worker.booked + self._length > worker.limit:
+            return False
+        best = self._best
+        if best is None or finish < best.finish or (finish == best.finish and worker.id < best.worker):
+            self._best = Candidate(finish, worker.id, cached, seconds, error_s=error_s)
+        return True
+
+    def ask_all(self, mask: int, seconds: float, cached: int, spread: float) -> None:
+        """Count in those of a mask for whom the prompt takes equally long: as few as will do. ``spread``: ``Pace``."""
+        idle = mask & self._orders.idle
+        while idle:
+            low = idle & -idle
+            if self.ask(self._workers[low.bit_length() - 1], seconds, cached):
+                break  # the others are no earlier, and come later
+            idle ^= low
+        mask &= ~self._orders.idle
+        if not mask:
+            return
+        for until, number in self._orders.busy.places:
+            finish = until + seconds - ROUNDING
+            if until > self._limit and finish >= self.soonest and finish + spread * seconds >= self.surest:
+                return
+            if mask >> number & 1:
+                self.ask(self._workers[number], seconds, cached)
+
+    def outlook(self) -> Outlook:
+        """What was found."""
+        return Outlook(self._best, self.soonest, self.least, self.surest, self.somebody)
+
+
+def least_finish(length: int, found: list[Depth], pool: Pool, orders: Orders, now: float) -> tuple[float, float]:
+    """The earliest first token of prefill workers that all compute prompts; the same with the usual error in hand."""
+    least = surest = math.inf
+    for depth in found:
+        mask = depth.mask & orders.prefill
+        if not mask:
+            continue
+        seconds = depth.seconds
+        more = seconds + depth.like.pace.spread * seconds
+        for end, number in orders.busy.places:
+            if end + seconds - ROUNDING >= least and end + more - ROUNDING >= surest:
+                break
+            if mask >> number & 1:
+                worker = pool.workers[number]
+                if length <= worker.limit:
+                    free_at = worker.free_at(now)
+                    least = min(least, free_at + seconds)
+                    surest = min(surest, free_at + seconds + depth.like.pace.spread * seconds)
+    return least, surest
+
+
+def outlook(request: Request, found: list[Depth], pool: Pool, orders: Orders, limit: float, now: float) -> Outlook:
+    """What the prefill workers promise; those that are free until ``limit`` have room."""
+    if orders.first_end > limit and not orders.prefill & orders.decoding:
+        least, surest = least_finish(request.length, found, pool, orders, now)
+        return Outlook(None, least, least, surest, False)
+    length = request.length
+    search = PrefillSearch(pool, orders, length, limit, now)
+    for depth in found:
+        mask = depth.mask & orders.prefill
+        beside = mask & orders.decoding
+        if beside:  # each takes its own time
+            mask ^= beside
+            for number in numbers(beside):
+                worker = pool.workers[number]
+                seconds = worker.prompt_s(length - depth.cached, depth.cached, request.itl_s)
+                search.ask(worker, seconds, depth.cached)
+        if mask:
+            search.ask_all(mask, depth.seconds, depth.cached, depth.like.pace.spread)
+    return search.outlook()
+
+
+def fetching(outlook: Outlook, request: Request, stairs: list[Stair], view: View, now: float) -> Outlook:
+    """With the longest cached prefix fetched where that is earlier. Only who would be chosen without is looked at."""
+    split = outlook.split
+    offer = best_offer(request, stairs, view, now) if split is not None else None
+    if split is None or offer is None:
+        return outlook
+    worker = view.pool.workers[split.worker]
+    free_at = worker.free_at(now)
+    finish = offer.finish(worker, request, split.cached, free_at)
+    if finish + MIN_GAIN_S >= split.finish:
+        return outlook
+    split = with_fetch(split._replace(finish=finish), worker, offer, free_at, now)
+    least, surest = min(outlook.least, finish), min(outlook.surest, finish + split.error_s)
+    return Outlook(split, outlook.soonest, least, surest, outlook.somebody)
+
+
+Local = Callable[[Worker, Request, int, float, float], "Candidate | None"]
+
+
+class LocalSearch:
+    """The earliest decode worker for a prompt, if it is earlier than ``bound``.
+
+    ``make``: the candidate of one worker, of which (worker, request, cached tokens, seconds alone, now) are told.
+    """
+
+    __slots__ = ("_bound", "_make", "_most_booked", "_need", "_now", "_orders", "_request", "_workers", "best")
+
+    def __init__(
+        self, request: Request, pool: Pool, orders: Orders, need: int, most_booked: float, bound: float, now: float,
+        make: Local,
+    ) -> None:  # fmt: skip
+        self._request = request
+        self._workers = pool.workers
+        self._orders = orders
+        self._need = need
+        self._most_booked = most_booked
+        self._bound = bound
+        self._now = now
+        self._make = make
+        self.best: Candidate | None = None
+
+    def ask(self, number: int, cached: int, alone_s: float) -> bool:
+        """Count one worker without prompts in; whether it could take this one."""
+        worker = self._workers[number]
+        if worker.booked > self._most_booked * worker.capacity:
+            return False
+        if not worker.fits(self._need) or worker.batch >= worker.max_batch:
+            return False
+        found = self._make(worker, self._request, cached, alone_s, self._now)
+        if found is None:
+            return False
+        best = self.best
+        if best is None or found.finish < best.finish or (found.finish == best.finish and number < best.worker):
+            self.best = found
+        return True
+
+    def ask_all(self, mask: int, cached: int, alone_s: float) -> None:
+        """Count in those of a mask that have equally much cached: as few as will do."""
+        idle = mask & ~self._orders.decoding
+        while idle:
+            low = idle & -idle
+            if self.ask(low.bit_length() - 1, cached, alone_s):
+                break
+            idle ^= low
+        mask &= self._orders.decoding
+        if not mask:
+            return
+        tokens = self._request.length - cached
+        rates = self._orders.rates(self._request.itl_s)
+        least = self._now + rates.least(tokens, cached) - ROUNDING
+        for token_s, number in rates.tokens.places:
+            bound = self._bound if self.best is None else min(self._bound, self.best.finish)
+            if least + tokens * token_s > bound:
+                return
+            if mask >> number & 1:
+                self.ask(number, cached, alone_s)
+
+
+def may_take_prompts(pool: Pool, orders: Orders, most_booked: float) -> bool:
+    """Whether a decode worker has no prompt and at most that share of its memory booked."""
+    for _, number in orders.booked.places:
+        if orders.free >> number & 1:
+            worker = pool.workers[number]
+            return worker.booked <= most_booked * worker.capacity
+    return False
+
+
+def may_be_earlier(request: Request, found: list[Depth], orders: Orders, bound: float, now: float) -> bool:
+    """Whether a decode worker without prompts might give the first token before ``bound``."""
+    free = orders.decode & orders.free
+    idle = free & ~orders.decoding
+    rates = orders.rates(request.itl_s)
+    token_s = rates.tokens.places[0][0] if rates.tokens.places else math.inf
+    for depth in found:
+        if depth.mask & free and now + depth.seconds < bound:
+            tokens = request.length - depth.cached
+            if depth.mask & idle or now + rates.least(tokens, depth.cached) + tokens * token_s - ROUNDING <= bound:
+                return True
+    return False
+
+
+def best_local(
+    search: LocalSearch, found: list[Depth], orders: Orders, bound: float, now: float, also: int
+) -> Candidate | None:
+    """The earliest; worker ``also`` is counted in even where it cannot be earlier than ``bound``."""
+    free = orders.decode & orders.free
+    for depth in found:
+        mask = depth.mask & free
+        if not mask:
+            continue
+        if also != NOBODY and mask >> also & 1:
+            search.ask(also, depth.cached, depth.seconds)
+        if now + depth.seconds < bound:
+            search.ask_all(mask, depth.cached, depth.seconds)
+    return search.best
+
+
+Score = Callable[[Worker, Request, int], float]
+
+
+class DecodeSearch:
+    """The decode worker of the least score, ties to the lower id."""
+
+    __slots__ = ("_need", "_request", "_score", "best", "least")
+
+    def __init__(self, request: Request, need: int, score: Score) -> None:
+        self._request = request
+        self._need = need
+        self._score = score
+        self.best = NOBODY
+        self.least = math.inf
+
+    def ask(self, worker: Worker) -> None:
+        """Count one in."""
+        score = self._score(worker, self._request, self._need)
+        if score < self.least or (score == self.least and score < math.inf and worker.id < self.best):
+            self.best, self.least = worker.id, score
+
+
+def least_loaded(request: Request, pool: Pool, orders: Orders, need: int, score: Score) -> int:
+    """The decode worker of the least score, which is the larger of the shares of memory and of the ITL that are booked.
+
+    Who has no room is asked, too, as far as a bound says that it might be least.
+    """
+    search = DecodeSearch(request, need, score)
+    holder = pool.workers.get(request.prefill)  # books less for what it has already
+    if holder is not None and request.attempt in holder.held and "decode" in holder.roles and not holder.draining:
+        search.ask(holder)
+    for number in numbers(orders.decode & ~orders.decoding):
+        search.ask(pool.workers[number])
+    loads, booked = orders.rates(request.itl_s).loads.places, orders.booked.places
+    step_s = ITL_SHARE * request.itl_s  # of the request alone: among others it may be less
+    for places in (loads, booked):
+        if places:
+            search.ask(pool.workers[places[0][1]])
+    by_load = (
+        bisect_left(loads, (search.least * step_s * (1.0 + ROUNDING), -1)) if search.least < math.inf else len(loads)
+    )
+    by_memory = bisect_left(booked, (search.least + ROUNDING, -1))
+    for _, number in loads[:by_load] if by_load < by_memory else booked[:by_memory]:
+        search.ask(pool.workers[number])
+    return search.best
+
+
+def next_free(pool: Pool, orders: Orders, horizon: float, now: float) -> float:
+    """The first moment after ``now`` at which, without news, a worker comes within the horizon."""
+    places = orders.busy.places
+    for i in range(bisect_left(places, (now + horizon - ROUNDING, -1)), len(places)):
+        moment = pool.workers[places[i][1]].free_within(horizon)
+        if now < moment < math.inf:
+            return moment
+    return math.inf
