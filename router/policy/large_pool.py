@@ -242,6 +242,21 @@ def may_be_earlier(request: Request, found: list[Depth], orders: Orders, bound: 
     return False
 
 
+def passed_by(
+    request: Request, found: list[Depth], pool: Pool, orders: Orders, most_booked: float, limit: float, now: float
+) -> float:
+    """Short for what is asked most often: the earliest finish at a prefill worker (with the usual error in hand), where
+    none of these has room until ``limit`` and no decode worker that may take prompts would be earlier; -1: somebody
+    might take this one.
+    """
+    if orders.first_end <= limit or orders.prefill & orders.decoding or not orders.decode:
+        return -1.0
+    if not may_take_prompts(pool, orders, most_booked):
+        return -1.0
+    least, surest = least_finish(request.length, found, pool, orders, now)
+    return -1.0 if may_be_earlier(request, found, orders, least, now) else surest
+
+
 def best_local(
     search: LocalSearch, found: list[Depth], orders: Orders, bound: float, now: float, also: int
 ) -> Candidate | None:

@@ -33,6 +33,10 @@ UNHOMED_SHARE: Final = 0.5  # of the prefill pool's KV that may wait for a decod
 MIN_COMMIT_S: Final = 0.020
 MAX_COMMIT_S: Final = 0.150
 CLOCK_ERROR: Final = 1e-6  # seconds: more than sums of clock readings round off
+EVER_S: Final = 1e6
+WITHOUT: Final = (
+    "nothing", "late binding", "feasible first", "passing over", "waiting", "affinity", "decode ITL",
+)  # fmt: skip
 PASSED = Passed()
 
 
@@ -42,24 +46,39 @@ class LeastSeconds:
 
     ``late``: what becomes of a request that cannot be in time any more: "serve" it when nobody else can be, or "refuse"
     it. One that no worker could serve in time even if idle is always served: an SLO must not stop service.
+
+    ``without``: a part of the rule that is left out, to see what it is worth (``WITHOUT``).
     """
 
     name = "least_seconds"
     early = False
 
-    def __init__(self, paths: str = "auto", late: str = "serve", fetch: str = "on") -> None:
+    def __init__(self, paths: str = "auto", late: str = "serve", fetch: str = "on", without: str = "nothing") -> None:
         self.paths = paths
         self.late = late
         self.fetches = fetch == "on"
+        self._bind_late = without != "late binding"
+        self._feasible_first = without != "feasible first"
+        self._pass_over = without != "passing over"
+        self._wait = without != "waiting"
+        self._affinity = without != "affinity"
+        self._mind_itl = without != "decode ITL"
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
         """Earliest predicted first token over all candidates with room."""
+        hashes = request.hashes if self._affinity else []
+        anyway = request.late or request.first_at >= 0.0  # placed as soon as may be: no deadline to meet
         if view.orders is None:
-            stairs = view.index.stairs(request.hashes) if request.hashes else []
+            stairs = view.index.stairs(hashes) if hashes else []
         else:
             view.orders.refresh()
-            stairs = view.orders.about(request, view.index).stairs
-        anyway = request.late or request.first_at >= 0.0  # placed as soon as may be: no deadline to meet
+            known = view.orders.about(request, hashes, view.index)
+            stairs = known.stairs
+            if self.paths == "auto" and not anyway and request.rank < BATCH_RANK:
+                limit = now + self._horizon(view) + CLOCK_ERROR
+                finish = large_pool.passed_by(request, known.depths, view.pool, view.orders, LOCAL_MEMORY, limit, now)
+                if finish >= 0.0:
+                    return self._passed(request, stairs, finish, view, now)
         outlook = NO_OUTLOOK if self.paths == "local" else self._outlook(request, stairs, view, now)
         split, somebody = outlook.split, outlook.somebody
         if split is not None and not anyway and self._better_wait(request, split, outlook.soonest):
@@ -73,13 +92,23 @@ class LeastSeconds:
         placement = None if split is None else self._split(request, split, view, now)
         if placement is not None or not somebody:
             return placement
-        return PASSED if anyway else self._judged(request, stairs, outlook.surest, view, now)
+        return self._passed(request, stairs, outlook.surest, view, now)
 
-    @staticmethod
-    def _better_wait(request: Request, split: Candidate, soonest: float) -> bool:
-        return soonest < split.finish or request.deadline < split.finish + split.error_s
+    def _better_wait(self, request: Request, split: Candidate, soonest: float) -> bool:
+        if self._wait and soonest < split.finish:
+            return True
+        return self._feasible_first and request.deadline < split.finish + split.error_s
 
-    def _judged(self, request: Request, stairs: list[Stair], finish: float, view: View, now: float) -> Refusal | Passed:
+    def _passed(
+        self, request: Request, stairs: list[Stair], finish: float, view: View, now: float
+    ) -> Refusal | Passed | None:
+        if self._feasible_first and not (request.late or request.first_at >= 0.0):
+            return self._judged(request, stairs, finish, view, now)
+        return PASSED if self._pass_over else None
+
+    def _judged(
+        self, request: Request, stairs: list[Stair], finish: float, view: View, now: float
+    ) -> Refusal | Passed | None:
         """Not placed: whether it can still be in time, and what becomes of it if not."""
         if self.paths != "split" and finish > request.deadline:
             for worker in self._could_serve(request, view.pool.decode, view):
@@ -87,7 +116,7 @@ class LeastSeconds:
                 finish = min(finish, worker.free_at(now) + seconds + worker.pace.spread * seconds)
         late_s = finish - request.deadline
         if late_s <= 0.0:
-            return PASSED
+            return PASSED if self._pass_over else None
         if self.late == "serve" or request.arrival + self._alone_s(request, stairs, view) > request.deadline:
             return Passed(late_s)
         return Refusal(f"the first token would come {late_s:.1f} s too late: the cell is overloaded", late_s, "LATE")
@@ -289,8 +318,7 @@ class LeastSeconds:
 
     # --- shared ----------
 
-    @staticmethod
-    def _decode_score(worker: Worker, request: Request, need: int) -> float:
+    def _decode_score(self, worker: Worker, request: Request, need: int) -> float:
         booked = worker.booked + need
         if request.attempt in worker.held:  # it has the KV already
             booked -= worker.held[request.attempt]
@@ -298,13 +326,16 @@ class LeastSeconds:
         if worker.full or booked > worker.limit or batch >= worker.max_batch:
             return math.inf
         memory = booked / worker.limit
+        if not self._mind_itl:
+            return memory
         step = worker.decode_s(batch + 1, worker.context + request.length)
         itl = step / (ITL_SHARE * worker.tightest_itl(request.itl_s))
         if itl > memory:
             return math.inf if batch > 0 and itl > 1.0 else itl
         return memory
 
-    @staticmethod
-    def _horizon(view: View) -> float:
+    def _horizon(self, view: View) -> float:
         """J of the commit rule: late enough that the queue stays central, early enough that nobody idles."""
+        if not self._bind_late:
+            return EVER_S
         return min(MAX_COMMIT_S, max(MIN_COMMIT_S, 2.0 * view.commit_round_trip_s))

@@ -199,10 +199,10 @@ class Orders:
                 rates.put(worker, itl_s)
         return rates
 
-    def about(self, request: Request, index: KvIndex) -> Known:
-        """Stairs of a request and, for its length, ``depths``; kept while they hold."""
+    def about(self, request: Request, hashes: list[int], index: KvIndex) -> Known:
+        """Stairs of a request's hashes and, for its length, ``depths``; kept while they hold."""
         known = self.known.get(request.rid)
-        hashes, length = request.hashes, request.length
+        length = request.length
         if known is None or known.length != length or not index.still(known.stairs, hashes):
             if len(self.known) >= MOST_KNOWN:
                 self.known.clear()

@@ -18,7 +18,7 @@ from twinpool.errors import ConfigError
 from twinpool.router.policy.base import Policy
 from twinpool.router.policy.baselines import INFOS
 from twinpool.router.policy.baselines.info import Parameter, PolicyInfo, Value
-from twinpool.router.policy.least_seconds import LeastSeconds
+from twinpool.router.policy.least_seconds import WITHOUT, LeastSeconds
 
 DEFAULT = "least_seconds"
 GROUP = "twinpool.policies"
@@ -33,6 +33,7 @@ _LEAST_SECONDS = PolicyInfo(
         "paths": Parameter("auto", help="auto: whichever is earlier", choices=("auto", "split", "local")),
         "fetch": Parameter("on", help="what others have cached: fetched where that is earlier", choices=("on", "off")),
         "late": Parameter("serve", help="who cannot be in time: served last, or refused", choices=("serve", "refuse")),
+        "without": Parameter("nothing", help="a part of the rule to leave out, to see its worth", choices=WITHOUT),
     },
 )
 

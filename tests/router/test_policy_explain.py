@@ -202,7 +202,7 @@ def test_decode_rows_are_the_scores_of_the_policy(drawn: tuple[View, Request]) -
     need = request.length + min(request.left, view.expected_output)
     for row in decode_rows(LeastSeconds(), request, view):
         worker = view.pool.workers[row.worker]
-        score = LeastSeconds._decode_score(worker, request, need)
+        score = LeastSeconds()._decode_score(worker, request, need)
         if not worker.draining:
             assert score == (math.inf if row.why_not else row.score)
 
