@@ -247,7 +247,8 @@ class LiveRouter:
                 end = frames.End(attempt=event.attempt, reason=event.reason)
                 return frames.Tokens(attempts=b"", positions=b"", counts=b"", ids=b"", texts=(), ends=(end,))
             case ev.Progressed():
-                return frames.Progress(attempt=event.attempt, done=event.done, cached=event.cached, step_s=event.step_s)
+                return frames.Progress(attempt=event.attempt, done=event.done, cached=event.cached,
+                                       step_s=event.step_s, pace=event.pace)  # fmt: skip
             case ev.Reserved():
                 return frames.Reserved(attempt=event.attempt, held=event.held)
             case ev.NoRoom():
@@ -258,6 +259,8 @@ class LiveRouter:
             case ev.BlocksVerified():
                 return frames.BlocksVerified(attempt=event.attempt, first=event.first, count=event.count, backend="sim",
                                              bytes=event.bytes, seconds=event.seconds)  # fmt: skip
+            case ev.BlocksBad():
+                return frames.BlocksBad(attempt=event.attempt, reason=event.reason, message="as simulated")
             case ev.Reported():
                 return frames.Report(free=event.free, cached=0, running=event.running, waiting=0, context=0, step_s=0.0)
             case ev.AttemptLost():
