@@ -341,12 +341,13 @@ class Worker:
 class Pool:
     """All workers of a cell. ``prefill`` and ``decode`` list those that may take new work, in order of id: borrowed."""
 
-    __slots__ = ("changes", "common_room", "costs", "decode", "prefill", "version", "workers")
+    __slots__ = ("changes", "common_room", "costs", "decode", "prefill", "prefill_mask", "version", "workers")
 
     def __init__(self) -> None:
         self.workers: dict[int, Worker] = {}
         self.prefill: list[Worker] = []
         self.decode: list[Worker] = []
+        self.prefill_mask = 0  # a bit for each id in ``prefill``
         self.costs: list[Cost] = []  # the different ones
         self.common_room = 0  # KV tokens that the largest worker of each pool could book
         self.version = 0  # counts changes of who is in which list, and of what they predict with
@@ -378,6 +379,7 @@ class Pool:
         ready = [worker for _, worker in sorted(self.workers.items()) if not worker.draining]
         self.prefill = [worker for worker in ready if "prefill" in worker.roles]
         self.decode = [worker for worker in ready if "decode" in worker.roles]
+        self.prefill_mask = sum([1 << worker.id for worker in self.prefill])
         self.costs = list({id(worker.cost): worker.cost for worker in self.workers.values()}.values())
         self.common_room = int(MEMORY_LIMIT * min(self.largest("prefill"), self.largest("decode")))
 

@@ -56,10 +56,15 @@ class Offer:
 
 
 def best_offer(request: Request, stairs: list[Stair], view: View, now: float) -> Offer | None:
-    """Of the workers that hold the longest prefix the one whose link is free first, if it may keep it so long."""
+    """Of the workers that hold the longest prefix the one whose link is free first, if it may keep it so long.
+
+    None where every prefill worker holds it.
+    """
     if not stairs:
         return None
     depth, mask = stairs[0]
+    if not view.pool.prefill_mask & ~mask:
+        return None
     best: Worker | None = None
     while mask:
         low = mask & -mask

@@ -198,10 +198,11 @@ class LeastSeconds:
                 alike, known = cached, worker.pace
             free_at = worker.free_at(now)
             finish = free_at + seconds
-            fetched = offer.finish(worker, request, cached, free_at) if offer is not None else math.inf
-            fetches = fetched + MIN_GAIN_S < finish
-            if fetches:
-                finish = fetched
+            fetches = False
+            if offer is not None and cached < offer.tokens:
+                fetched = offer.finish(worker, request, cached, free_at)
+                if fetched + MIN_GAIN_S < finish:
+                    finish, fetches = fetched, True
             error_s = worker.pace.spread * (finish - free_at if fetches else seconds)
             if finish < least:
                 least = finish
