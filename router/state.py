@@ -70,7 +70,7 @@ class State:
         """What a policy may look at."""
         orders = self.orders if self.large else None
         output = max(1, round(self.mean_output))
-        return View(self.pool, self.index, self.round_trip_s, output, self.bytes_per_s, orders)
+        return View(self.pool, self.index, self.round_trip_s, output, self.bytes_per_s, orders, self.unhomed)
 
     def expected_output(self, request: Request) -> int:
         """Output tokens to book for: the running mean, at most what may still come."""

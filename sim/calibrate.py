@@ -6,7 +6,8 @@ and something else on the core, or a first step before everything is warm, only 
 have in common stays in, and shows as error of the formula. No kind of steps drowns the others: of each, so many at most
 are fitted, evenly spread over the log. Outliers are far from others like them; errors are told of all other steps.
 
-What steps take beyond the usual in the mean, ``late_s``, a profile's steps have on top: a queue feels them all.
+What steps take beyond the usual in the mean, ``late_s``, a profile's steps have on top: a queue feels them all. How
+single ones differ from that is kept as quantiles, for those of gaps between tokens (gap_spread.py).
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from twinpool.cost import StepCost
-from twinpool.cost_grid import Grids
+from twinpool.cost_grid import GridCost, Grids
 from twinpool.errors import ConfigError
 from twinpool.sim.calibrate_edge import EdgeFound
+from twinpool.sim.calibrate_grid import predicted_s
 from twinpool.sim.calibrate_logs import Steps, StepWorker
 from twinpool.sim.fit import Floats, fit_step_cost
+from twinpool.sim.gap_spread import gap_spread
 from twinpool.sim.profiles import Edge, Profile, ProfileFile
 
 ROUNDS = 8
@@ -255,6 +258,20 @@ def make_profile(
         source=_sources(found, edge, worker, like, given), edge=edge.edge() if edge is not None else Edge(),
         grids=grids, planned=worker.cost if worker is not None else None,
     )  # fmt: skip
+
+
+def with_gap_spread(profile: ProfileFile, steps: Steps, edge: EdgeFound | None) -> ProfileFile:
+    """The profile with what single gaps take more or less than simulated with it: of its steps, and of the edge.
+
+    ``steps``: single ones, of a log; the longest count as twice what is predicted, as in ``late_s``.
+    """
+    table = steps.matrix()
+    table = table[table[:, 2] > 0]
+    cost = profile.fit if profile.grids is None else GridCost(profile.grids)
+    predicted = np.array([predicted_s(cost, row) for row in table])
+    off_s = np.repeat(np.minimum(table[:, 4] - predicted, predicted), table[:, 2].astype(np.int64))
+    spread = gap_spread(off_s, np.array(edge.spread_s if edge is not None else ()))
+    return msgspec.structs.replace(profile, edge=msgspec.structs.replace(profile.edge, gap_spread_s=spread))
 
 
 def _in_all(found: CostFound) -> StepCost:

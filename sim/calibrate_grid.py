@@ -57,19 +57,20 @@ def measured_grids(steps: Steps, formula: StepCost, formula_error: float) -> tup
 def _in_all(grids: Grids, table: Floats) -> Grids:
     """The tables with what steps take beyond them in the mean, a stall counted as one step more."""
     cost = GridCost(grids)
-    predicted = np.array([_predicted(cost, row) for row in table])
+    predicted = np.array([predicted_s(cost, row) for row in table])
     late_s = max(0.0, float(np.minimum(table[:, 4] - predicted, predicted).mean()))
     return replace(grids, work_ms=[value + 1e3 * late_s for value in grids.work_ms])
 
 
 def mean_error(cost: GridCost | StepCost, table: Floats) -> float:
     """Mean of the absolute error of all steps ([step, field of StepSample]) but the worst twentieth, as a share."""
-    off = sorted(abs(_predicted(cost, row) / float(row[4]) - 1.0) for row in table)
+    off = sorted(abs(predicted_s(cost, row) / float(row[4]) - 1.0) for row in table)
     kept = off[: max(1, len(off) * 19 // 20)]
     return sum(kept) / len(kept)
 
 
-def _predicted(cost: GridCost | StepCost, row: Floats) -> float:
+def predicted_s(cost: GridCost | StepCost, row: Floats) -> float:
+    """Seconds of one step, [field of StepSample]."""
     tokens, attention, batch, context = int(row[0]), float(row[1]), int(row[2]), int(row[3])
     if not tokens:
         return cost.decode(batch, context)

@@ -55,6 +55,26 @@ class GapPool:
         self._low_weight = np.cumsum(np.bincount(self._low_bin, weight)) if len(weight) else np.zeros(0)
         self._high_weight = np.cumsum(np.bincount(self._high_bin, weight)) if len(weight) else np.zeros(0)
 
+    def binned(self, width_s: float) -> Floats:
+        """How many gaps are in each bin of that width, from 0 to the longest; those below 0 are in the first."""
+        found: Floats = np.zeros(1)
+        ends = np.cumsum(self._count)
+        begin = 0
+        while begin < len(ends):
+            before = int(ends[begin - 1]) if begin else 0
+            end = max(begin + 1, int(np.searchsorted(ends, before + SPREAD, side="right")))
+            count = self._count[begin:end]
+            run = np.repeat(np.arange(begin, end), count)
+            index = np.arange(len(run)) - np.repeat(ends[begin:end] - count - before, count)
+            gap = self._first[run] + index * self._increment[run]
+            place = (np.maximum(gap, 0.0) / width_s).astype(np.int64)
+            part = np.asarray(np.bincount(place, self._weight[run]), np.float64)
+            short, long = sorted((found, part), key=len)
+            long[: len(short)] += short
+            found = long
+            begin = end
+        return found
+
     def quantile(self, q: float) -> float:
         """Quantile ``q``, as the module defines it, in seconds. Raises ValueError where there are no gaps."""
         place = rank(q, self.count)

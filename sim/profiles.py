@@ -31,6 +31,7 @@ class Edge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     edge_s: float | None = None  # of the router, in each time to the first token; its median
     edge_spread_s: tuple[float, ...] = ()  # quantiles, evenly spaced, of what single ones take more or less than that
+    gap_spread_s: tuple[float, ...] = ()  # the same of what single gaps take more or less than simulated
     latency_s: float | None = None  # one way between router and workers
     setup_s: float | None = None  # of each transfer
 

@@ -223,7 +223,8 @@ def result_of(loop: Loop, trace: Trace, settings: Settings) -> Result:
     return Result(
         columns, totals, GapPool(loop.runs, record.gaps), settings.policy, settings.profile,
         {"ttft_ms": 1000 * settings.ttft_s, "ttft_factor": settings.ttft_factor, "itl_ms": 1000 * settings.itl_s},
-        record.digest, settings=asdict(settings), refusals=record.reasons, compiled=FORM,
+        record.digest, settings=asdict(settings), gap_spread_s=settings.gap_spread_s,
+        refusals=record.reasons, compiled=FORM,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from twinpool.sim.gap_pool import GapPool
+from twinpool.sim.gap_spread import SpreadGaps
 from twinpool.sim.gaps import Floats, Ints, quantile
 
 COMPLETED: Final = 0
@@ -193,6 +194,7 @@ class Result:
     slo: Mapping[str, float]
     digest: str  # of all decisions
     settings: Mapping[str, object] = field(default_factory=dict)
+    gap_spread_s: Sequence[float] = ()
     refusals: Mapping[str, int] = field(default_factory=dict)  # reason -> requests
     compiled: str = "interpreted"  # or "compiled": how the decision core ran
     wall: Wall = field(default_factory=Wall)
@@ -235,7 +237,7 @@ class Result:
             "duration_s": duration_s,
             **_attainment(columns, duration_s, sum(worker.gpus for worker in self.workers)),
             **_throughput(columns, completed, duration_s),
-            **_times(columns, completed, self.gaps),
+            **_times(columns, completed, self.gaps, SpreadGaps(self.gaps, self.gap_spread_s)),
             **_cache_and_path(columns, completed),
             **_cost(self.workers, columns, completed, duration_s),
             "workers": [_worker(worker, duration_s) for worker in self.workers],
@@ -307,10 +309,10 @@ def _throughput(columns: Columns, completed: Mask, duration_s: float) -> Summary
     return {"throughput": {name: count / duration_s if duration_s > 0.0 else 0.0 for name, count in done.items()}}
 
 
-def _times(columns: Columns, completed: Mask, gaps: GapPool) -> Summary:
+def _times(columns: Columns, completed: Mask, gaps: GapPool, spread: SpreadGaps) -> Summary:
     pool: Summary = {"mean": None, "p50": None, "p90": None, "p99": None}
     if gaps.count:
-        pool = {"mean": 1000.0 * gaps.mean} | {f"p{p}": 1000.0 * gaps.quantile(p / 100) for p in (50, 90, 99)}
+        pool = {"mean": 1000.0 * gaps.mean} | {f"p{p}": 1000.0 * spread.quantile(p / 100) for p in (50, 90, 99)}
     longest = columns.max_gap[completed & (columns.output > 1)]
     worst_gap = {name: value for name, value in _spread(longest, 50, 99, 100).items() if name != "mean"}
     worst_gap["max"] = worst_gap.pop("p100")

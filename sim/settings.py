@@ -48,6 +48,7 @@ class Settings:
     setup_s: float = 200e-6  # of each transfer
     edge_s: float = 0.0  # of the router's edge, added to each time to the first token
     edge_spread_s: tuple[float, ...] = ()  # quantiles of what single first tokens take more or less than that
+    gap_spread_s: tuple[float, ...] = ()  # quantiles of what single gaps take more or less: gap_spread.py
     link_bytes_per_s: float = 0.0  # 0: what the profile says
     max_queue: int = 1024
     max_queue_s: float = 60.0

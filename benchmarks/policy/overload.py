@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from contest import AZURE, MOONCAKE, TARGET
 from machine import describe
-from run import AZURE, MOONCAKE, TARGET, settings_of
 
 from twinpool.sim.profiles import load_profile
 from twinpool.sim.readers import read_trace
@@ -36,7 +36,7 @@ from twinpool.sim.trace import Trace, speed
 HERE = Path(__file__).parent
 POLICIES = "least_seconds:late=refuse,mooncake_conductor,dynamo"
 TRACES = {"Mooncake conversation, spread": (MOONCAKE, 0, 2.6), "Azure conversation": (AZURE, None, 14.0)}
-LADDER = (0.7, 0.85, 1.0, 1.25, 1.5, 1.75, 2.0)  # times the capacity of the first policy
+LADDER = (0.85, 1.0, 1.25, 1.5, 2.0)  # times the capacity of the first policy
 LEAST_GOODPUT, MOST_WASTE = 0.85, 0.02
 TEXT = """
 *Goodput*: seconds of prefill of what was not cached, of requests that met both SLOs, per second of the trace; in
@@ -54,6 +54,13 @@ class Rung(NamedTuple):
     goodput: float  # prefill seconds of uncached tokens a second
     whole: float  # ... of all tokens
     wasted: float  # share of GPU time
+
+
+def settings_of(policy: str, split: int, workers: int) -> Settings:
+    """One cluster; ``policy`` may carry parameters."""
+    name, *given = policy.split(":")
+    parameters: dict[str, float | str] = dict(pair.split("=", 1) for pair in given)
+    return Settings(prefill=split, decode=workers - split, policy=name, parameters=parameters)
 
 
 def rung(trace: Trace, settings: Settings, factor: float) -> Rung:

@@ -5,6 +5,7 @@ Every decision compares predicted seconds. A policy never changes what it looks 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from twinpool.router.kv_index import KvIndex, Stair
@@ -16,11 +17,11 @@ from twinpool.router.request import NOBODY, Placement, Request
 class View:
     """What a policy may look at (borrowed, read-only)."""
 
-    __slots__ = ("bytes_per_s", "commit_round_trip_s", "expected_output", "index", "orders", "pool")
+    __slots__ = ("bytes_per_s", "commit_round_trip_s", "expected_output", "index", "orders", "pool", "unhomed")
 
     def __init__(
         self, pool: Pool, index: KvIndex, commit_round_trip_s: float, expected_output: int, bytes_per_s: float = 1e9,
-        orders: Orders | None = None,
+        orders: Orders | None = None, unhomed: Mapping[int, Request] | None = None,
     ) -> None:  # fmt: skip
         self.pool = pool
         self.index = index
@@ -28,6 +29,7 @@ class View:
         self.expected_output = expected_output  # tokens, mean of what requests of this cell wrote lately
         self.bytes_per_s = bytes_per_s  # of KV between two workers, running mean
         self.orders = orders  # of a large pool: refresh before use
+        self.unhomed = {} if unhomed is None else unhomed  # whose KV has no decode worker yet
 
 
 class Refusal(NamedTuple):

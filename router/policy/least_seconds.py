@@ -22,6 +22,7 @@ from twinpool.router.kv_index import Stair
 from twinpool.router.policy import large_pool
 from twinpool.router.policy.base import NOBODY, Passed, Placement, Refusal, View, cached_tokens
 from twinpool.router.policy.candidates import NO_OUTLOOK, Candidate, Outlook, with_fetch
+from twinpool.router.policy.decode_wait import decode_wait_s
 from twinpool.router.policy.fetch import MIN_GAIN_S, best_offer
 from twinpool.router.pool import Worker
 from twinpool.router.request import Request
@@ -297,7 +298,8 @@ class LeastSeconds:
         return Placement(local.worker, local.worker, "local", reason, *local[2:7])
 
     def _split(self, request: Request, split: Candidate, view: View, now: float) -> Placement | None:
-        decode = self.decode_for(request, view, now) if request.left > 1 else NOBODY
+        in_line = request.left <= 1 or bool(view.unhomed)  # nobody passes KV that waits: long prompts would starve
+        decode = NOBODY if in_line else self.decode_for(request, view, now)
         if decode == split.worker:
             return self._local(split, None, now)
         reason = f"split: first token in {1000 * (split.finish - now):.0f} ms"
@@ -305,17 +307,22 @@ class LeastSeconds:
             source = view.pool.workers[split.source].name
             reason += f", {split.fetched} tokens from {source} in {1000 * split.fetch_s:.0f} ms"
         if request.left > 1 and decode == NOBODY:
-            if not self._may_wait(request, view):
+            if not self._may_wait(request, view, now):
                 return None
             reason += ", no decode worker has room yet: KV waits"
         return Placement(split.worker, decode, "split", reason, *split[2:7])
 
     @staticmethod
-    def _may_wait(request: Request, view: View) -> bool:
-        """Soft reservation: KV without a decode worker stays under half of the prefill pool's memory."""
+    def _may_wait(request: Request, view: View, now: float) -> bool:
+        """Soft reservation: KV without a decode worker stays under half of the prefill pool's memory.
+
+        Nor is a prompt computed whose second token would be long in coming: the first is held until its deadline.
+        """
         booked = sum([worker.booked for worker in view.pool.prefill])
         capacity = sum([worker.capacity for worker in view.pool.prefill])
-        return booked + request.length <= UNHOMED_SHARE * capacity
+        if booked + request.length > UNHOMED_SHARE * capacity:
+            return False
+        return request.late or request.first_at >= 0.0 or now + decode_wait_s(request, view) <= request.deadline
 
     # --- shared ----------
 

@@ -130,9 +130,31 @@ def test_kv_waits_where_no_decode_worker_has_room() -> None:
 def test_kv_that_waits_is_bounded() -> None:
     cell = Cell()
     crowd(cell)
-    cell.on(ev.Submit(request_of(1, 80)))
-    cell.on(ev.Submit(request_of(2, 60)))
+    cell.on(ev.Submit(request_of(1, 80, ttft_s=60.0)))
+    cell.on(ev.Submit(request_of(2, 60, ttft_s=60.0)))
     assert [request.rid for request in cell.core.state.queue] == [2]
+
+
+def test_no_prompt_is_computed_whose_second_token_would_be_long_in_coming() -> None:
+    cell = Cell()
+    crowd(cell)
+    cell.on(ev.Submit(request_of(1, 10, ttft_s=0.1)))
+    assert [request.rid for request in cell.core.state.queue] == [1]
+    cell.on(ev.Submit(request_of(2, 10, ttft_s=60.0)))
+    assert [request.rid for request in cell.core.state.queue] == [1]
+
+
+def test_nobody_passes_kv_that_waits_for_a_decode_worker() -> None:
+    cell = Cell()
+    crowd(cell)
+    long, short = request_of(1, 80, ttft_s=60.0), request_of(2, 2, ttft_s=60.0)
+    cell.on(ev.Submit(long))
+    cell.on(ev.Emitted(P, long.attempt, 1))
+    cell.on(ev.Submit(short))
+    assert [long.decode, short.decode] == [NOBODY, NOBODY]
+    assert "KV waits" in short.reason
+    reserved = [action.request.rid for action in cell.on(ev.Cancel(99)) if isinstance(action, ev.SendReserve)]
+    assert reserved == [1, 2]
 
 
 def test_a_held_first_token_is_shown_at_its_deadline() -> None:

@@ -53,7 +53,7 @@ def calibrate(
     With the router's request log also what messages, transfers and the router itself take; with times of clients also
     what is between them and it. Prints how good the fit is.
     """
-    from twinpool.sim.calibrate import Given, fit_steps, make_profile, write_profile
+    from twinpool.sim.calibrate import Given, fit_steps, make_profile, with_gap_spread, write_profile
     from twinpool.sim.calibrate_grid import measured_grids
     from twinpool.sim.calibrate_logs import read_steps, read_table
     from twinpool.sim.profiles import load_profile
@@ -81,6 +81,8 @@ def calibrate(
             given = Given(gpus, kv_tokens, kv_bytes_per_token, link_bytes_per_s)
             base = load_profile(like) if like is not None else None
             profile = make_profile(name or output.stem, found, edge, one, base, given, tables[0] if tables else None)
+            if read is not None:
+                profile = with_gap_spread(profile, read, edge)
             write_profile(output, profile)
             figures["profile"] = msgspec.to_builtins(profile)
             if not screen.only_json:
