@@ -194,10 +194,10 @@ class Result:
     slo: Mapping[str, float]
     digest: str  # of all decisions
     settings: Mapping[str, object] = field(default_factory=dict)
-    gap_spread_s: Sequence[float] = ()
     refusals: Mapping[str, int] = field(default_factory=dict)  # reason -> requests
     compiled: str = "interpreted"  # or "compiled": how the decision core ran
     wall: Wall = field(default_factory=Wall)
+    gap_spread_s: Sequence[float] = ()
     _figures: Summary | None = None
 
     def figures(self) -> Summary:
