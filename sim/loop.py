@@ -147,7 +147,11 @@ class Loop:
         """Changes of a prefix cache; the core hears of them before its first event after they could have come."""
         event = ev.KvChanged(worker, stored, removed, False)
         if self.feed is None:
-            self.kv_news.append((due + self.kv_latency_s, event))
+            news, when = self.kv_news, due + self.kv_latency_s
+            place = len(news)
+            while place and news[place - 1][0] > when:  # of the others' clocks, at most 20 ms away
+                place -= 1
+            news.insert(place, (when, event))
         else:
             self.push(due, KV_LEAVES, worker, KvFrame(self.run_of[worker], event))
 

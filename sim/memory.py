@@ -15,21 +15,28 @@ left is one counter, and no work is done per block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final
 
 from twinpool.sim.sequence import Sequence
 from twinpool.workers.eviction import EvictionOrder
 
+GOLDEN: Final = 0.6180339887498949
 NEWS_EVERY_S: Final = 0.020  # changes of the cache are told at multiples of this (workers/reporter.py)
 KvSink = Callable[[int, list[int], list[int], float], None]
 
 
-def next_news(now: float) -> float:
-    """When a worker sends what changed at ``now``: at the next multiple of 20 ms, never at once (reporter.py)."""
-    slot = int(now / NEWS_EVERY_S) + 1
-    when = slot * NEWS_EVERY_S
-    return when if when > now else (slot + 1) * NEWS_EVERY_S  # the quotient was rounded down
+def news_phase(worker: int) -> float:
+    """When, within 20 ms, a worker's clock passes a multiple of 20 ms: clocks are not set by each other."""
+    return NEWS_EVERY_S * (worker * GOLDEN % 1.0)
+
+
+def next_news(now: float, phase: float) -> float:
+    """When a worker sends what changed at ``now``: at the next multiple of 20 ms of its clock, never at once."""
+    slot = math.floor((now - phase) / NEWS_EVERY_S) + 1
+    when = slot * NEWS_EVERY_S + phase
+    return when if when > now else (slot + 1) * NEWS_EVERY_S + phase  # the quotient was rounded down
 
 
 class Memory:
@@ -40,7 +47,7 @@ class Memory:
     """
 
     __slots__ = (
-        "_anonymous", "_due", "_idle", "_idle_blocks", "_refs", "_remnant", "_removed", "_stored",
+        "_anonymous", "_due", "_idle", "_idle_blocks", "_phase", "_refs", "_remnant", "_removed", "_stored",
         "_tails", "_tell", "_worker", "blocks", "free", "now", "peak", "unit_blocks",
     )  # fmt: skip
 
@@ -51,6 +58,7 @@ class Memory:
         self.peak = 0  # most blocks that were taken at once
         self.now = 0.0
         self._worker = worker
+        self._phase = news_phase(worker)
         self._tell = tell
         self._refs: dict[int, int] = {}  # hash of each cached unit -> sequences that refer to it
         self._idle = EvictionOrder(eviction)  # hashes, and negative keys of anonymous blocks
@@ -235,7 +243,7 @@ class Memory:
     def _open(self) -> None:
         """The changes in hand are told already: begin the next ones."""
         # A worker never reports at once, so lists that were read are not written to any more.
-        self._due = next_news(self.now)
+        self._due = next_news(self.now, self._phase)
         self._stored, self._removed = [], []
         self._tell(self._worker, self._stored, self._removed, self._due)
 

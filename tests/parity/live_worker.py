@@ -17,6 +17,7 @@ from twinpool.proto import frames
 from twinpool.router.policy import LeastSeconds, Policy
 from twinpool.router.state import Limits
 from twinpool.sim.links import Links
+from twinpool.sim.memory import news_phase
 from twinpool.tokenizer import Tokenizer
 from twinpool.workers.blocks import BlockPool
 from twinpool.workers.engine.base import ModelInfo, Row, Sampled
@@ -221,7 +222,8 @@ class LiveWorker:
             engine.scheduler, engine.factors = self.scheduler, factors
         self.end = End(fabric, number, self.name, self.pool)
         parts = Parts(engine, self.scheduler, self.pool, self.end, tokenizer)
-        self.worker = Worker(parts, self._send, self._flush, loop.time)
+        phase = news_phase(number)
+        self.worker = Worker(parts, self._send, self._flush, lambda: loop.time() - phase)
         self.hello = _hello(settings, info, number, self.name, self.end.addresses)
         self._link: RouterLink | None = None
 

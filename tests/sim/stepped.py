@@ -14,6 +14,7 @@ from twinpool.cost import Cost
 from twinpool.router import events as ev
 from twinpool.router.request import Request
 from twinpool.sim.gaps import Runs
+from twinpool.sim.memory import news_phase
 from twinpool.sim.net import Net
 from twinpool.sim.result import WorkerTotals
 from twinpool.workers.blocks import BlockPool
@@ -150,7 +151,7 @@ class SteppedWorker:
 
     def no_room(self, attempt: int, now: float) -> None:
         self.tell(ev.NoRoom(self.id, attempt), now)
-        self.report_at = min(self.report_at, slot_after(now))
+        self.report_at = min(self.report_at, slot_after(now, self.id))
 
     def pull(self, action: ev.SendPull, now: float) -> None:
         if self.scheduler.holding(action.attempt) is None:
@@ -216,7 +217,7 @@ class SteppedWorker:
             return
         if now >= self.report_at:
             self.tell(ev.Reported(self.id, self.pool.free_blocks, 0, 0, 0, 0.0), now)
-            self.report_at = math.inf if self.pool.free_blocks else slot_after(now)
+            self.report_at = math.inf if self.pool.free_blocks else slot_after(now, self.id)
         if self.step is None:
             self.boundary = Fraction(now)
             self.plan(now)
@@ -344,7 +345,7 @@ class SteppedWorker:
         if not stored and not removed:
             return
         if now >= self.cell.due:
-            self.cell = Cell(slot_after(now))
+            self.cell = Cell(slot_after(now, self.id))
             self.net.kv(self.id, self.cell.stored, self.cell.removed, self.cell.due)
         total = self.cell.net
         for values, by in ((stored, 1), (removed, -1)):
@@ -377,9 +378,10 @@ class SteppedWorker:
             self.wish()
 
 
-def slot_after(now: float) -> float:
-    """The next multiple of 20 ms."""
-    slot = math.floor(now / NEWS_EVERY_S)
-    while slot * NEWS_EVERY_S <= now:
+def slot_after(now: float, worker: int) -> float:
+    """The next multiple of 20 ms of the worker's clock."""
+    phase = news_phase(worker)
+    slot = math.floor((now - phase) / NEWS_EVERY_S)
+    while slot * NEWS_EVERY_S + phase <= now:
         slot += 1
-    return slot * NEWS_EVERY_S
+    return slot * NEWS_EVERY_S + phase

@@ -255,5 +255,5 @@ def test_the_dead_tell_nothing_more() -> None:
 
 @pytest.mark.parametrize("slot", [1, 57, 116, 123_457])
 def test_news_never_leave_at_once(slot: int) -> None:
-    assert next_news(slot * 0.02) == pytest.approx((slot + 1) * 0.02)
-    assert next_news(slot * 0.02 - 1e-6) == pytest.approx(slot * 0.02)
+    assert next_news(slot * 0.02, 0.0) == pytest.approx((slot + 1) * 0.02)
+    assert next_news(slot * 0.02 - 1e-6, 0.0) == pytest.approx(slot * 0.02)
