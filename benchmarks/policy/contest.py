@@ -134,6 +134,13 @@ class Contest:
         narrow(self.made, searches, TARGET)
         return [_found(search, 0) for search in searches]
 
+    def above(self, field: Sequence[Settings], speed: float) -> list[Found]:
+        """Those that meet the target at a speed, with their capacities."""
+        level = nearest(speed)
+        met = self._meeting([self._search(each, None, level, jump=4) for each in field], level, None)
+        narrow(self.made, met, TARGET)
+        return [_found(search, 0) for search in met]
+
     def again(self, settings: Settings, start: float) -> Found:
         """The capacity of one, near a speed that is supposed."""
         search = self._search(settings, None, nearest(start), jump=4)
