@@ -56,9 +56,9 @@ class Offer:
 
 
 def best_offer(request: Request, stairs: list[Stair], view: View, now: float) -> Offer | None:
-    """Of the workers that hold the longest prefix the one whose link is free first, if it may keep it so long.
+    """Of the workers that hold the longest prefix, and may keep it so long, the one whose link is free first.
 
-    None where every prefill worker holds it.
+    None where every prefill worker holds it. In a large cell thousands may: the first whose link is free now will do.
     """
     if not stairs:
         return None
@@ -70,12 +70,17 @@ def best_offer(request: Request, stairs: list[Stair], view: View, now: float) ->
         low = mask & -mask
         mask ^= low
         worker = view.pool.workers.get(low.bit_length() - 1)
-        if worker is not None and (best is None or worker.link_busy < best.link_busy):
+        if worker is None or worker.booked + held_tokens(depth, request, worker) > worker.limit:
+            continue
+        if best is None or worker.link_busy < best.link_busy:
             best = worker
-    if best is None:
-        return None
-    size = best.index_tokens
-    tokens = min(depth * size, (request.length - 1) // size * size)
-    if tokens <= 0 or best.booked + tokens > best.limit:
-        return None
-    return Offer(tokens, best, view, now)
+            if worker.link_busy <= now:
+                break
+    tokens = held_tokens(depth, request, best) if best is not None else 0
+    return Offer(tokens, best, view, now) if best is not None and tokens > 0 else None
+
+
+def held_tokens(depth: int, request: Request, worker: Worker) -> int:
+    """Of a prompt, in so many blocks of hashes; the last token is always computed."""
+    size = worker.index_tokens
+    return min(depth * size, (request.length - 1) // size * size)

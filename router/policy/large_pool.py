@@ -16,7 +16,7 @@ from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
 from twinpool.router.policy.base import View
 from twinpool.router.policy.candidates import Candidate, Outlook, with_fetch
-from twinpool.router.policy.fetch import MIN_GAIN_S, best_offer
+from twinpool.router.policy.fetch import MIN_GAIN_S, best_offer, held_tokens
 from twinpool.router.policy.orders import Depth, Orders
 from twinpool.router.pool import Pool, Worker
 from twinpool.router.request import NOBODY, Request
@@ -144,10 +144,14 @@ def outlook(request: Request, found: list[Depth], pool: Pool, orders: Orders, li
 def fetching(outlook: Outlook, request: Request, stairs: list[Stair], view: View, now: float) -> Outlook:
     """With the longest cached prefix fetched where that is earlier. Only who would be chosen without is looked at."""
     split = outlook.split
-    offer = best_offer(request, stairs, view, now) if split is not None else None
-    if split is None or offer is None:
+    if split is None:
         return outlook
     worker = view.pool.workers[split.worker]
+    if split.cached >= held_tokens(stairs[0].depth, request, worker):
+        return outlook
+    offer = best_offer(request, stairs, view, now)
+    if offer is None:
+        return outlook
     free_at = worker.free_at(now)
     finish = offer.finish(worker, request, split.cached, free_at)
     if finish + MIN_GAIN_S >= split.finish:
@@ -311,10 +315,10 @@ def least_loaded(request: Request, pool: Pool, orders: Orders, need: int, score:
     for places in (loads, booked):
         if places:
             search.ask(pool.workers[places[0][1]])
-    by_load = (
-        bisect_left(loads, (search.least * step_s * (1.0 + ROUNDING), -1)) if search.least < math.inf else len(loads)
-    )
-    by_memory = bisect_left(booked, (search.least + ROUNDING, -1))
+    # Whoever is chosen has a longer step and more memory booked than it has now, by so much at least.
+    longest = search.least * step_s * (1.0 + ROUNDING) - orders.context_s() * request.length
+    by_load = bisect_left(loads, (longest, -1)) if search.least < math.inf else len(loads)
+    by_memory = bisect_left(booked, (search.least + ROUNDING - need / orders.largest, -1))
     for _, number in loads[:by_load] if by_load < by_memory else booked[:by_memory]:
         search.ask(pool.workers[number])
     return search.best

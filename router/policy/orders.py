@@ -121,8 +121,8 @@ class Orders:
     """Of one pool. Masks are of worker ids; all are as of the last ``refresh``."""
 
     __slots__ = (
-        "_pool", "_rates", "_version", "booked", "busy", "decode", "decoding", "first_end", "free", "idle", "kinds",
-        "known", "prefill",
+        "_pool", "_rates", "_rises", "_version", "booked", "busy", "decode", "decoding", "first_end", "free", "idle",
+        "kinds", "known", "largest", "prefill",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
@@ -141,6 +141,10 @@ class Orders:
         self.free = 0  # ... and without those of the batch class
         self.decoding = 0
         self.first_end = -math.inf  # no prefill worker is without prompts before
+        self.largest = 1.0  # KV tokens that a decode worker may book at most
+        self._rises: list[
+            float
+        ] = []  # of each kind: what a token of context adds to a step, at least; without its pace
 
     def refresh(self) -> None:
         """Up to date with the pool."""
@@ -166,8 +170,10 @@ class Orders:
         pool = self._pool
         self._version = pool.version
         self.kinds = kinds(list(pool.workers.values()))
+        self._rises = [_least_rise(kind.like) for kind in self.kinds]
         self.prefill = sum([1 << worker.id for worker in pool.prefill])
         self.decode = sum([1 << worker.id for worker in pool.decode])
+        self.largest = max([worker.limit for worker in pool.decode], default=1.0)
         for worker in pool.workers.values():
             self._take(worker)
 
@@ -198,6 +204,14 @@ class Orders:
             for worker in self._pool.decode:
                 rates.put(worker, itl_s)
         return rates
+
+    def context_s(self) -> float:
+        """Seconds that a token more of context adds to the step of any decode worker, at least."""
+        least = math.inf
+        for kind, rise in zip(self.kinds, self._rises, strict=True):
+            if kind.mask & self.decode:
+                least = min(least, kind.like.pace.decode * rise)
+        return least if least < math.inf else 0.0
 
     def about(self, request: Request, hashes: list[int], index: KvIndex) -> Known:
         """Stairs of a request's hashes and, for its length, ``depths``; kept while they hold."""
@@ -243,6 +257,10 @@ def depths(length: int, stairs: list[Stair], kinds: list[Kind]) -> list[Depth]:
         if left:
             found.append(Depth(left, 0, like.prefill_s(length, 0), like))
     return found
+
+
+def _least_rise(worker: Worker) -> float:
+    return min([min(worker.cost.row(batch).beta) for batch in range(1, worker.max_batch + 2)])
 
 
 def kinds(workers: list[Worker]) -> list[Kind]:
