@@ -42,6 +42,7 @@ PROMPTS: Final = "has a prompt"
 BOOKED: Final = f"over {100 * LOCAL_MEMORY:.0f} % booked"
 SMALL_CHUNK: Final = f"under {MIN_LOCAL_CHUNK} tokens a step"
 MARGIN: Final = f"under {100 * (LOCAL_MARGIN - 1.0):.0f} % in hand"
+IN_LINE: Final = "KV waits for it"
 BREAKS_ITL: Final = "breaks the ITL SLO"
 OUT: Final = "not of this policy"
 
@@ -244,7 +245,10 @@ def _decode_row(
     batch = worker.batch
     step_s = worker.decode_s(batch + 1, worker.context + request.length)
     itl = step_s / (ITL_SHARE * worker.tightest_itl(request.itl_s))
-    return DecodeRow(worker.id, worker.name, batch, step_s, itl, memory, why(request, worker, itl, memory))
+    why_not = why(request, worker, itl, memory)
+    if not why_not and why is _why_no_decode and view.unhomed and request.rid not in view.unhomed:
+        why_not = IN_LINE
+    return DecodeRow(worker.id, worker.name, batch, step_s, itl, memory, why_not)
 
 
 def _why_no_decode(request: Request, worker: Worker, itl: float, memory: float) -> str:
@@ -291,7 +295,7 @@ def _why_not_first(request: Request, rows: list[PromptRow], best: PromptRow) -> 
     if best.slack_s < best.error_s and has_deadline:
         spare, usual = _ms(best.slack_s), _ms(best.error_s)
         return f"{best.name} has room and {spare} in hand, such prompts are usually off by {usual}: it waits"
-    return "no decode worker has room, and too much KV waits for one already"
+    return "no decode worker will have room soon enough, or too much KV waits for one already"
 
 
 def _ms(seconds: float) -> str:

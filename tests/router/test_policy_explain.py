@@ -196,6 +196,19 @@ def check_wait(answer: Passed | None, rows: list[PromptRow], view: View, request
     assert nowhere or not able or (later == able and answer is not None)
 
 
+def test_kv_that_waits_goes_first() -> None:
+    view, request = cell("prefill", "decode"), ask()
+    assert decoders(view, request)[1].why_not == ""
+    other = ask()
+    other.rid = 2
+    view.unhomed = {2: other}
+    assert decoders(view, request)[1].why_not == ex.IN_LINE
+    assert decoders(view, other)[1].why_not == "", "it is the one that waits"
+    answer = LeastSeconds().on_room(request, view, NOW)
+    assert isinstance(answer, Placement)
+    assert answer.decode == NOBODY
+
+
 @given(cells())
 def test_decode_rows_are_the_scores_of_the_policy(drawn: tuple[View, Request]) -> None:
     view, request = drawn
