@@ -276,10 +276,12 @@ class Attempts:
         request = self._state.attempt_of(event.worker, event.attempt)
         if request is None or event.attempt not in self._state.pool.workers[event.worker].attempts:
             return  # of another attempt, or a prefill worker whose part is done
+        # After a fetch what it lost may have been the reservation, and the prompt be on its way there.
+        gone = NOBODY if request.fetch is not None and event.worker == request.prefill else event.worker
         if event.counts:
-            self._state.lose(request, event.reason, now, gone=event.worker)
+            self._state.lose(request, event.reason, now, gone=gone)
         else:
-            self._state.retry(request, now, gone=event.worker)
+            self._state.retry(request, now, gone=gone)
 
     # --- fetches ----------
 

@@ -210,3 +210,16 @@ def test_much_chaos() -> None:
 
 
 assert 0.97 * 64 * BLOCK > 80 + 3 + 12, "the largest request must fit the workers of the recovery"
+
+
+def test_a_reservation_that_is_lost_while_its_prompt_is_on_the_way() -> None:
+    """Found by the machine: the fetch had found nothing, and the worker computed for nobody."""
+    state = CoreMachine()
+    state.start(paths="auto", max_queue=2, held=0, blocks=(24, 9))
+    state.wait_long(4.0)
+    state.join(worker=2, roles=("decode",), blocks=24, max_batch=1)
+    state.come_back(pick=1, prompt=40, depth=5, lent=0, wait_s=0.003)
+    state.drain(pick=0)
+    state.drain(pick=0)
+    state.give_up(pick=0, fault=False)
+    state.teardown()
