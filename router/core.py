@@ -139,12 +139,10 @@ class Core:
         """Why no workers like those connected could ever serve the request; None if some could."""
         if request.length + request.left <= self.state.pool.common_room:
             return None
-        problem = None
-        for way in self._ways(request):
-            problem = next(filter(None, (self._too_small(request, role) for role in way)), None)
-            if problem is None:
-                return None
-        return problem
+        problems = [
+            next(filter(None, (self._too_small(request, role) for role in way)), None) for way in self._ways(request)
+        ]
+        return None if None in problems else problems[-1]
 
     def _ways(self, request: Request) -> tuple[tuple[str, ...], ...]:
         """Pools that can serve what is left of the request; see ``Policy.needs``."""

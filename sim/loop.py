@@ -1,8 +1,9 @@
 """The virtual clock: one core, its emulated workers, and every message between them, in order of time.
 
 Four sources are merged: arrivals (sorted), messages to workers and to the core (constant latency, so each is a plain
-queue), and a heap of what workers, links and the scenario want at a time. Where times are equal the order is: messages
-to the core, messages to workers, the heap in order of wishing, arrivals, ticks. It never depends on hashing.
+queue; news of caches leave by each worker's own clock and are put in order), and a heap of what workers, links and the
+scenario want at a time. Where times are equal the order is: messages to the core, messages to workers, the heap in
+order of wishing, arrivals, ticks. It never depends on hashing.
 """
 
 from __future__ import annotations

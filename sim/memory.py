@@ -22,7 +22,7 @@ from typing import Final
 from twinpool.sim.sequence import Sequence
 from twinpool.workers.eviction import EvictionOrder
 
-GOLDEN: Final = 0.6180339887498949
+GOLDEN: Final = 0.6180339887498949  # its multiples are spread as evenly as can be, however many there are
 NEWS_EVERY_S: Final = 0.020  # changes of the cache are told at multiples of this (workers/reporter.py)
 KvSink = Callable[[int, list[int], list[int], float], None]
 
@@ -47,8 +47,8 @@ class Memory:
     """
 
     __slots__ = (
-        "_anonymous", "_due", "_idle", "_idle_blocks", "_phase", "_refs", "_remnant", "_removed", "_stored",
-        "_tails", "_tell", "_worker", "blocks", "free", "now", "peak", "unit_blocks",
+        "_anonymous", "_due", "_idle", "_idle_blocks", "_refs", "_remnant", "_removed", "_stored",
+        "_tails", "_tell", "_worker", "blocks", "free", "now", "peak", "phase", "unit_blocks",
     )  # fmt: skip
 
     def __init__(self, worker: int, blocks: int, unit_blocks: int, tell: KvSink, eviction: str = "lru") -> None:
@@ -58,7 +58,7 @@ class Memory:
         self.peak = 0  # most blocks that were taken at once
         self.now = 0.0
         self._worker = worker
-        self._phase = news_phase(worker)
+        self.phase = news_phase(worker)
         self._tell = tell
         self._refs: dict[int, int] = {}  # hash of each cached unit -> sequences that refer to it
         self._idle = EvictionOrder(eviction)  # hashes, and negative keys of anonymous blocks
@@ -243,7 +243,7 @@ class Memory:
     def _open(self) -> None:
         """The changes in hand are told already: begin the next ones."""
         # A worker never reports at once, so lists that were read are not written to any more.
-        self._due = next_news(self.now, self._phase)
+        self._due = next_news(self.now, self.phase)
         self._stored, self._removed = [], []
         self._tell(self._worker, self._stored, self._removed, self._due)
 

@@ -24,6 +24,7 @@ from twinpool.sim.gaps import request_gaps
 from twinpool.sim.kv_feed import KvFeed
 from twinpool.sim.links import Links
 from twinpool.sim.loop import Arrivals, Loop
+from twinpool.sim.memory import GOLDEN
 from twinpool.sim.planned_cost import PlannedCost
 from twinpool.sim.profiles import Profile, load_profile
 from twinpool.sim.result import Columns, Result, Wall, WorkerTotals
@@ -32,7 +33,6 @@ from twinpool.sim.trace import Trace
 from twinpool.sim.worker import SimWorker
 
 Watch = Callable[[int, float], None]
-GOLDEN = (5.0**0.5 - 1.0) / 2.0
 FORM = "compiled" if core.__file__.endswith((".so", ".pyd")) else "interpreted"
 
 

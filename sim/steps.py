@@ -20,7 +20,7 @@ from twinpool.cost import Cost
 from twinpool.router import events as ev
 from twinpool.sim.decode import Batch
 from twinpool.sim.members import Members
-from twinpool.sim.memory import Memory, news_phase, next_news
+from twinpool.sim.memory import Memory, next_news
 from twinpool.sim.net import Net
 from twinpool.sim.sequence import GONE, RUNNING
 
@@ -125,7 +125,7 @@ class Steps:
     def report_soon(self, now: float) -> None:
         """The router was refused room: it is told of free blocks with the next report, as by workers/reporter.py."""
         if self._report_at == math.inf:
-            self._report_at = next_news(now, news_phase(self._id))
+            self._report_at = next_news(now, self._memory.phase)
             self._wish()
 
     def stall(self, now: float, seconds: float) -> None:

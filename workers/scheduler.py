@@ -261,8 +261,9 @@ class Scheduler:
     def load(self) -> Load:
         """How much is here now."""
         context = sum([sequence.length for sequence in self._running.values()])
-        waiting = len(self._queues[0]) + len(self._queues[1])
-        return Load(len(self._running), waiting, context, self.pool.free_blocks, self.pool.cached_blocks)
+        return Load(
+            len(self._running), sum(map(len, self._queues)), context, self.pool.free_blocks, self.pool.cached_blocks
+        )
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every block is accounted for and every sequence has the blocks of its KV."""

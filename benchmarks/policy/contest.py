@@ -122,10 +122,10 @@ class Contest:
             best = self.race(self.of(entry, variants, middle), window, fine=4)
             self.chosen[entry.policy] = variants[0] if best is None else best.settings.parameters
 
-    def best(self, entries: Sequence[Entry], at_least: float = 0.0) -> Found | None:
-        """The best of these with their chosen parameters, over all splits; None: none carries ``at_least``."""
+    def best(self, entries: Sequence[Entry]) -> Found | None:
+        """The best of these with their chosen parameters, over all splits; None: none has a capacity."""
         field = [each for entry in entries for each in self.of(entry, [self.chosen[entry.policy]], self.splits)]
-        return self.race(field, None, at_least=at_least)
+        return self.race(field, None)
 
     def curve(self, entry: Entry) -> list[Found]:
         """Its capacity at each split."""
@@ -147,14 +147,12 @@ class Contest:
         narrow(self.made, [search], TARGET)
         return _found(search, 0)
 
-    def race(
-        self, field: Sequence[Settings], window: Window | None, *, fine: int = 1, at_least: float = 0.0
-    ) -> Found | None:
-        """The best of a field, to ``fine`` steps; None where nobody has a capacity or carries ``at_least``."""
-        level = nearest(at_least or self.start)
+    def race(self, field: Sequence[Settings], window: Window | None, *, fine: int = 1) -> Found | None:
+        """The best of a field, to ``fine`` steps; None where nobody has a capacity."""
+        level = nearest(self.start)
         searches = [self._search(each, window, level) for each in field]
         alive = self._meeting(searches, level, window)
-        for i in range(LOWEST if not at_least and not alive else 0):
+        for i in range(0 if alive else LOWEST):
             level -= STRIDE << i
             alive = self._meeting(searches, level, window)
             if alive:

@@ -231,23 +231,25 @@ def decode_rows(policy: Policy, request: Request, view: View) -> list[DecodeRow]
     """All workers of the decode pool: candidates first, least score first."""
     why = _why_no_decode if isinstance(policy, LeastSeconds) else _why_no_room
     workers = [worker for _, worker in sorted(view.pool.workers.items()) if "decode" in worker.roles]
-    rows = [_decode_row(request, worker, view, why) for worker in workers]
+    passes = isinstance(policy, LeastSeconds) and view.unhomed and request.rid not in view.unhomed
+    rows = [_decode_row(request, worker, view, why, IN_LINE if passes else "") for worker in workers]
     rows.sort(key=lambda row: (row.why_not != "", row.score, row.worker))
     return rows
 
 
 def _decode_row(
-    request: Request, worker: Worker, view: View, why: Callable[[Request, Worker, float, float], str]
+    request: Request, worker: Worker, view: View, why: Callable[[Request, Worker, float, float], str], line: str
 ) -> DecodeRow:
-    """The formula of ``LeastSeconds.decode_for``. What the worker holds of the request already is counted once."""
+    """The formula of ``LeastSeconds.decode_for``. What the worker holds of the request already is counted once.
+
+    ``line``: why not, where the worker itself is no reason.
+    """
     need = request.length + min(request.left, view.expected_output)
     memory = (worker.booked + need - worker.held.get(request.attempt, 0)) / worker.limit
     batch = worker.batch
     step_s = worker.decode_s(batch + 1, worker.context + request.length)
     itl = step_s / (ITL_SHARE * worker.tightest_itl(request.itl_s))
-    why_not = why(request, worker, itl, memory)
-    if not why_not and why is _why_no_decode and view.unhomed and request.rid not in view.unhomed:
-        why_not = IN_LINE
+    why_not = why(request, worker, itl, memory) or line
     return DecodeRow(worker.id, worker.name, batch, step_s, itl, memory, why_not)
 
 

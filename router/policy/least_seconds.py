@@ -298,8 +298,9 @@ class LeastSeconds:
         return Placement(local.worker, local.worker, "local", reason, *local[2:7])
 
     def _split(self, request: Request, split: Candidate, view: View, now: float) -> Placement | None:
-        in_line = request.left <= 1 or bool(view.unhomed)  # nobody passes KV that waits: long prompts would starve
-        decode = NOBODY if in_line else self.decode_for(request, view, now)
+        decode = NOBODY
+        if request.left > 1 and not view.unhomed:  # nobody passes KV that waits: long prompts would starve
+            decode = self.decode_for(request, view, now)
         if decode == split.worker:
             return self._local(split, None, now)
         reason = f"split: first token in {1000 * (split.finish - now):.0f} ms"

@@ -142,9 +142,7 @@ class Orders:
         self.decoding = 0
         self.first_end = -math.inf  # no prefill worker is without prompts before
         self.largest = 1.0  # KV tokens that a decode worker may book at most
-        self._rises: list[
-            float
-        ] = []  # of each kind: what a token of context adds to a step, at least; without its pace
+        self._rises: list[float] = []  # of each kind: what a token of context adds to a step at least, without its pace
 
     def refresh(self) -> None:
         """Up to date with the pool."""
