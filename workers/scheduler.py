@@ -261,15 +261,13 @@ class Scheduler:
     def load(self) -> Load:
         """How much is here now."""
         context = sum([sequence.length for sequence in self._running.values()])
-        return Load(
-            len(self._running), sum(map(len, self._queues)), context, self.pool.free_blocks, self.pool.cached_blocks
-        )
+        waiting, pool = sum(map(len, self._queues)), self.pool
+        return Load(len(self._running), waiting, context, pool.free_blocks, pool.cached_blocks)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless every block is accounted for and every sequence has the blocks of its KV."""
         sequences = [s for place in (*self._queues, self._running, self._leaving) for s in place.values()]
-        tables = [s.table for s in sequences] + [h.table for h in self._held.values()]
-        self.pool.check_integrity(tables)
+        self.pool.check_integrity([s.table for s in sequences] + [h.table for h in self._held.values()])
         size = self.pool.block_size
         faults = [
             f"attempt {s.attempt}: {s.computed} of {s.length} tokens computed, {s.sealed} of {len(s.table)} sealed"
