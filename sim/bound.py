@@ -1,9 +1,10 @@
 """The clairvoyant bound: no policy meets the SLO of a larger share of offered requests on these workers.
 
 It relaxes everything a policy cannot change but for three facts. (1) What is served must be computed: prompt tokens
-once ever, with an infinite shared cache and free transfer, and a decode step for each token after the first
-(bound_work.py). (2) A step takes at least the sum of rates over what is in it (bound_cost.py). (3) A worker does one
-step after another. Proof that the shares below are upper bounds:
+once, with free transfer, and a decode step for each token after the first (bound_work.py); blocks once more where no
+eviction rule could have kept them in the KV memory of all workers together (bound_cache.py). (2) A step takes at least
+the sum of rates over what is in it (bound_cost.py). (3) A worker does one step after another. Proof that the shares
+below are upper bounds:
 
 Let ``S`` be the requests that a policy serves within both SLOs. A step that does work counted for ``i`` in ``S`` starts
 at ``i``'s arrival or later, since it is planned with what is there, and ends by the due time of that work, since its
@@ -16,17 +17,22 @@ a server are bounded from below (bound_misses.py). Requests that miss on an idle
 other computes a prompt chunk by chunk, miss in any case. Up to ``EXACT`` requests the relaxed problem is solved
 exactly; above, the larger of the bounds ``by_size`` and ``by_interval`` is used for each kind of workers.
 
-Speed-up divides all arrivals. Where a set can be served at some speed it can at any lower one: the work of an interval
-then has a longer one. So a speed at which the bound is under the target bounds the capacity, and bisection is sound
-even where the bound itself is not monotone. What is left out makes the bound loose, never wrong: limited caches,
-links, latencies, batches that are never as full, steps cut short for the ITL.
+Speed-up divides all arrivals. Where a set can be served at some speed it can at any lower one, memory apart: the work
+of an interval then has a longer one. So a speed at which the bound is under the target bounds the capacity, and
+bisection is sound even where the bound itself is not monotone. Limited memory may weigh more at a lower speed, at which
+blocks are wanted later: above what bisection found with it the bound is looked at again at ``LOOKS`` speeds, up to what
+it is without, and the highest that passes counts. What is left out makes the bound loose, never wrong: what an eviction
+rule cannot know, links, latencies, batches that are never as full, steps cut short for the ITL.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
 
 from twinpool.cost import Cost
 from twinpool.errors import ConfigError
@@ -40,6 +46,7 @@ from twinpool.sim.trace import Trace
 ROLE_CHANGES = ("prefill", "decode", "both")
 TOLERANCE = 0.005
 STRIDE = 4.0  # between speeds while there is no bracket
+LOOKS = 8
 RANGE = 1e6  # times or parts of the first guess within which a bracket is looked for
 
 
@@ -98,7 +105,16 @@ def capacity_of(made: Offer, target: float) -> float:
     if not 0.0 < target <= 1.0:
         raise ConfigError(f"a target of {target:g} is not a share: give one above 0 and up to 1")
     allowed = _allowed(len(made.arrival), target)
-    return _bisect(lambda speed: _misses(made, speed, allowed) > allowed, _start(made))
+    endless = replace(made, memory=math.inf)
+    highest = _bisect(lambda speed: _misses(endless, speed, allowed) > allowed, _start(made))
+    if not 0.0 < highest < math.inf or _misses(made, highest / (1.0 + TOLERANCE), allowed) <= allowed:
+        return highest
+    found = _bisect(lambda speed: _misses(made, speed, allowed) > allowed, highest)
+    looks = np.geomspace(max(found, highest / RANGE), highest, LOOKS + 1)[::-1].tolist()
+    for above, speed in pairwise(looks):
+        if _misses(made, speed, allowed) <= allowed:
+            return float(above)
+    return found
 
 
 def _allowed(n: int, target: float) -> int:
@@ -112,14 +128,13 @@ def _allowed(n: int, target: float) -> int:
 def _misses(made: Offer, speed: float, allowed: int | None) -> int:
     """Misses at a speed; above ``allowed`` it does not matter how many."""
     arrival = made.arrival / speed
-    kinds = [demand.at(arrival) for demand in made.demands if len(demand.owner)]
-    if len(arrival) <= EXACT:
-        return made.hopeless + exact(kinds)
+    demands = [demand for demand in made.demands if len(demand.owner)]
     enough = None if allowed is None else allowed - made.hopeless
-    most = 0
-    for jobs in kinds:
-        if enough is None or most <= enough:
-            most = max(most, least_misses(jobs, enough))
+    most = exact([demand.at(arrival) for demand in demands]) if len(arrival) <= EXACT else 0
+    for demand in demands:
+        pairs = made.pairs(demand, arrival)
+        if (enough is None or most <= enough) and (pairs or len(arrival) > EXACT):
+            most = max(most, least_misses(demand.at(arrival), enough, pairs))
     return made.hopeless + most
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -96,9 +97,17 @@ class Totals:
     largest: int
 
 
-def _most(pairs: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-    """The pair with the largest sum."""
-    return max(pairs, key=lambda pair: float(pair[0].sum() + pair[1].sum()))
+class Work(NamedTuple):
+    """Seconds of each request's prompt tokens and decode steps, and of one prompt token more without its attention."""
+
+    prefill: Floats
+    decode: Floats
+    token: float
+
+
+def _most(found: list[Work]) -> Work:
+    """That with the largest sum."""
+    return max(found, key=lambda work: float(work.prefill.sum() + work.decode.sum()))
 
 
 class Shape:
@@ -112,28 +121,30 @@ class Shape:
         self._chunks = Attention(cost, engine.chunk_tokens, longest)
         self._contexts, self._reading = reading(cost, self._work, engine.max_batch, longest)
 
-    def prefill(self, need: Amounts) -> Floats:
-        """Seconds of each request's prompt tokens; what decodes in the same steps never makes them cheaper."""
+    def prefill(self, need: Amounts) -> Work:
+        """Of prompt tokens alone; what decodes in the same steps never makes them cheaper."""
         totals = Totals(float(need.tokens.sum()), float(need.places.sum()), 0.0, 0.0, 0.0, self.engine.chunk_tokens)
         nothing = np.zeros_like(need.tokens)
-        return _most([(nothing, nothing), *[(floor.prefill(need), nothing) for floor in self._floors(totals)]])[0]
+        found = [Work(floor.prefill(need), nothing, floor.token) for floor in self._floors(totals)]
+        return _most([Work(nothing, nothing, 0.0), *found])
 
-    def decode(self, need: Amounts) -> Floats:
-        """Seconds of each request's decode steps, whatever chunks they carry."""
+    def decode(self, need: Amounts) -> Work:
+        """Of decode steps alone, whatever chunks they carry."""
         steps = float(need.sequences.sum())
         totals = Totals(0.0, 0.0, steps, float(need.contexts.sum()), float(need.alones.sum()), self.engine.max_batch)
         nothing = np.zeros_like(need.tokens)
-        return _most([(nothing, nothing), *[(nothing, floor.decode(need)) for floor in self._floors(totals)]])[1]
+        found = [Work(nothing, floor.decode(need), 0.0) for floor in self._floors(totals)]
+        return _most([Work(nothing, nothing, 0.0), *found])
 
-    def mixed(self, need: Amounts) -> tuple[Floats, Floats]:
+    def mixed(self, need: Amounts) -> Work:
         """Both, in seconds that may be added up."""
         columns = (need.tokens, need.places, need.sequences, need.contexts, need.alones)
         tokens, places, steps, contexts, alones = [float(column.sum()) for column in columns]
         largest = self.engine.chunk_tokens + self.engine.max_batch
         totals = Totals(tokens, places, steps, contexts, alones, largest)
         nothing = np.zeros_like(need.tokens)
-        found = [(floor.prefill(need), floor.decode(need)) for floor in self._floors(totals)]
-        return _most([(nothing, nothing), *found])
+        found = [Work(floor.prefill(need), floor.decode(need), floor.token) for floor in self._floors(totals)]
+        return _most([Work(nothing, nothing, 0.0), *found])
 
     def latency(self, tokens: Floats, places: Floats) -> Floats:
         """Seconds, at least, from the start of the first to the end of the last step that computes some tokens of one

@@ -14,6 +14,12 @@ nothing is left, and any work it loses at a time was all due by then, so every i
 for some ``k`` only; between two of them it is at most that of the next and at most that of the last plus the work
 between. This weighs all intervals at once and is what decides on long traces.
 
+Work may also belong to a *pair* of requests and be needed if both are served, but for ``credit`` seconds of all pairs
+together. Then the same is said of what is dropped: with ``v`` the work of a request and of all its pairs, and ``L_k``
+the least of the work of the ``k`` smallest by ``v``, pairs among them too, that cannot be done in time, dropped
+requests among these have ``v`` of ``L_k - credit`` at least, since dropping one saves no more. Without pairs ``R_k`` is
+the sum of their work less ``L_k``.
+
 ``by_interval``. Requests whose pieces all lie in ``[s, e]`` concern nobody else in that time, so misses forced in
 disjoint intervals add up. Pretend that all with a release after ``s`` were released at ``s``: Moore and Hodgson's rule
 (1968; in order of due times, drop the largest whenever work exceeds time) then finds the fewest misses by every ``e``,
@@ -55,29 +61,80 @@ class Jobs(NamedTuple):
     seconds: Floats
 
 
-def least_misses(jobs: Jobs, enough: int | None = None) -> int:
+class Pairs(NamedTuple):
+    """Work that is needed where both of two requests are served, as columns; ``credit`` seconds of it all are not."""
+
+    first: Ints
+    second: Ints
+    release: Floats
+    due: Floats
+    seconds: Floats
+    credit: float
+
+
+def least_misses(jobs: Jobs, enough: int | None = None, pairs: Pairs | None = None) -> int:
     """Requests that miss, at least. ``enough``: a count above it is as good as any, and one far below may be rough."""
     if enough is None:
-        return max(by_size(jobs, FINE), by_interval(jobs))
+        return max(by_size(jobs, FINE), by_size(jobs, FINE, pairs) if pairs else 0, by_interval(jobs))
     misses = by_size(jobs, COARSE)
+    if pairs and misses <= enough:
+        misses = max(misses, by_size(jobs, COARSE, pairs))
     if misses <= enough:
         misses = max(misses, by_interval(jobs))
     if misses <= enough < NEAR * misses:
-        misses = max(misses, by_size(jobs, FINE))
+        misses = max(misses, by_size(jobs, FINE, pairs), by_size(jobs, FINE) if pairs else 0)
     return misses
 
 
 # --- by size ------------------------------------------------------------------------------------------------------
 
 
-def by_size(jobs: Jobs, runs: int = FINE) -> int:
+class _Pieces(NamedTuple):
+    """Pieces of work, of requests and of pairs, by release; ``rank``: from which on by size they count."""
+
+    rank: Ints
+    release: Floats
+    due: Floats
+    seconds: Floats
+
+    def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> _Pieces:
+        """Some of them."""
+        return _Pieces(self.rank[which], self.release[which], self.due[which], self.seconds[which])
+
+
+def _together(some: _Pieces, more: _Pieces) -> _Pieces:
+    return _Pieces(
+        np.concatenate((some.rank, more.rank)),
+        np.concatenate((some.release, more.release)),
+        np.concatenate((some.due, more.due)),
+        np.concatenate((some.seconds, more.seconds)),
+    )
+
+
+def _dense(pairs: Pairs, known: Ints) -> Pairs:
+    """Those of two known requests, as places in ``known``."""
+    some = np.isin(pairs.first, known) & np.isin(pairs.second, known)
+    first, second = np.searchsorted(known, pairs.first[some]), np.searchsorted(known, pairs.second[some])
+    return Pairs(first, second, pairs.release[some], pairs.due[some], pairs.seconds[some], pairs.credit)
+
+
+def by_size(jobs: Jobs, runs: int = FINE, pairs: Pairs | None = None) -> int:
     """Misses that the sizes of the requests force, all intervals at once; ``R_k`` run for so many ``k``."""
-    owner, work = _requests(jobs)
-    order = np.argsort(work, kind="stable")
-    sizes = work[order]
+    owner, size = _requests(jobs)
+    between = _dense(pairs, np.unique(jobs.owner)) if pairs else None
+    if between is not None:
+        size = size + np.bincount(between.first, between.seconds, len(size))
+        size = size + np.bincount(between.second, between.seconds, len(size))
+    order = np.argsort(size, kind="stable")
+    sizes = size[order]
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
-    most = _most_work(jobs, rank[owner], sizes, runs)
+    pieces = _Pieces(rank[owner], jobs.release, jobs.due, jobs.seconds)
+    if between is not None:
+        later = np.maximum(rank[between.first], rank[between.second])
+        pieces = _together(pieces, _Pieces(later, between.release, between.due, between.seconds))
+    by_release = np.argsort(pieces.release, kind="stable")
+    most = _most_work(pieces.take(by_release), sizes, runs, between.credit if between else 0.0)
     done, served = 0.0, 0
     for size, limit in zip(sizes.tolist(), most.tolist(), strict=True):
         if done + size <= limit * (1.0 + SHARE) + SLACK:
@@ -92,16 +149,14 @@ def _requests(jobs: Jobs) -> tuple[Ints, Floats]:
     return owner, np.bincount(owner, jobs.seconds).astype(np.float64)
 
 
-def _most_work(jobs: Jobs, rank: Ints, sizes: Floats, runs: int) -> Floats:
+def _most_work(pieces: _Pieces, sizes: Floats, runs: int, credit: float) -> Floats:
     """An upper bound on ``R_k`` for every ``k`` from 1. All of the smallest are done in time if more of them are."""
     total = np.cumsum(sizes)
     bound = total.copy()
-    order = np.argsort(jobs.release, kind="stable")
-    rank, release, due, seconds = rank[order], jobs.release[order], jobs.due[order], jobs.seconds[order]
     above, ceiling = len(sizes) + 1, np.inf
     for k in _counts(len(sizes), runs):
-        some = rank < k
-        lost = unfinished(release[some].tolist(), due[some].tolist(), seconds[some].tolist())
+        some = pieces.take(pieces.rank < k)
+        lost = unfinished(some.release.tolist(), some.due.tolist(), some.seconds.tolist()) - credit
         if lost <= SLACK:
             break
         between = slice(k - 1, above - 1)

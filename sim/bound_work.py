@@ -5,8 +5,8 @@ well may come from a cache; ``least_uncached`` counts every block once, for the 
 set of requests that are served this is no more than what must be computed for them, and it must be computed between
 arrival and first-token deadline of the request it is counted for: a block nobody has asked for before cannot be there
 earlier, if that request is served it is there in time, and no token is counted for two requests. So the counts of a
-served set add up, even if requests that bring blocks to others are themselves never served. A limited cache only adds
-work: replacing ``least_uncached`` by a larger count that is still proved is all that takes.
+served set add up, even if requests that bring blocks to others are themselves never served. What limited memory adds
+is in bound_cache.py.
 
 Decoding: every token after the first takes a step with the request in its batch and at least its prompt as context
 (a token drawn by the prompt of a resumed attempt is left out: no loss is a policy's choice). Gaps add up to at most
@@ -18,6 +18,7 @@ Both are counted in seconds of one step after another (bound_cost.py), divided b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,9 +26,10 @@ import numpy as np
 from twinpool.cost import Cost
 from twinpool.errors import ConfigError
 from twinpool.router.core import UNLOADED_CHUNK
+from twinpool.sim.bound_cache import Reuse, reuse_of
 from twinpool.sim.bound_cost import Amounts, Engine, Shape
 from twinpool.sim.bound_lines import Floats
-from twinpool.sim.bound_misses import Ints, Jobs
+from twinpool.sim.bound_misses import Ints, Jobs, Pairs
 from twinpool.sim.trace import NO_REQUEST, Trace
 
 CLOSE = 1.0 + 1e-9  # what exceeds a limit by less is rounding
@@ -50,6 +52,11 @@ class Fleet:
     decode: int = 0  # decode only
     both: int = 0
     engine: Engine = field(default_factory=Engine)
+
+    @property
+    def workers(self) -> int:
+        """All."""
+        return self.prefill + self.decode + self.both
 
     def __post_init__(self) -> None:
         if min(self.prefill, self.decode, self.both) < 0:
@@ -76,6 +83,7 @@ class Demand:
     start: Floats  # seconds after the arrival
     end: Floats  # seconds after the arrival
     seconds: Floats
+    token_s: float = 0.0  # of a prompt token that is computed once more
 
     def at(self, arrival: Floats) -> Jobs:
         """The pieces with the requests arriving at ``arrival``."""
@@ -90,6 +98,15 @@ class Offer:
     arrival: Floats
     hopeless: int
     demands: list[Demand]
+    limit: Floats  # of the first token, seconds after the arrival
+    reuse: Reuse
+    memory: float  # KV tokens of all workers; inf: unknown
+
+    def pairs(self, demand: Demand, arrival: Floats) -> Pairs | None:
+        """What has to be computed once more since memory is limited."""
+        if not (demand.token_s and self.memory < math.inf):
+            return None
+        return self.reuse.pairs(arrival, self.limit, self.memory, demand.token_s)
 
 
 def least_uncached(trace: Trace) -> Uncached:
@@ -140,7 +157,9 @@ def offer(trace: Trace, cost: Cost, fleet: Fleet, slo: Slo) -> Offer:
     prefill = (owner, np.zeros(len(owner)), end)
     decode = (owner, np.minimum(latency[owner], end), end + need.sequences * slo.itl_s)
     demands = _demands(shape, fleet, need, prefill, decode)
-    return Offer(np.asarray(trace.arrival, dtype=np.float64), int(hopeless.sum()), demands)
+    memory = fleet.workers * fleet.engine.kv_tokens or math.inf
+    arrival = np.asarray(trace.arrival, dtype=np.float64)
+    return Offer(arrival, int(hopeless.sum()), demands, limit, reuse_of(trace, owner), memory)
 
 
 Span = tuple[Ints, Floats, Floats]  # owner, start, end
@@ -149,23 +168,24 @@ Span = tuple[Ints, Floats, Floats]  # owner, start, end
 def _demands(shape: Shape, fleet: Fleet, need: Amounts, prefill: Span, decode: Span) -> list[Demand]:
     """On all workers (what presses most comes first), on those that may prefill, on those that may decode."""
     first, second = fleet.prefill + fleet.both, fleet.decode + fleet.both
+    prompts = shape.prefill(need)
     demands = [
-        _demand(prefill, shape.prefill(need), first),
-        _demand(decode, shape.decode(need), second),
+        _demand(prefill, prompts.prefill, first, prompts.token),
+        _demand(decode, shape.decode(need).decode, second),
     ]
     if fleet.both:
-        workers = fleet.prefill + fleet.decode + fleet.both
-        seconds = shape.mixed(need)
-        parts = [_demand(prefill, seconds[0], workers), _demand(decode, seconds[1], workers)]
+        work = shape.mixed(need)
+        parts = [_demand(prefill, work.prefill, fleet.workers), _demand(decode, work.decode, fleet.workers)]
         columns = zip(*[(part.owner, part.start, part.end, part.seconds) for part in parts], strict=True)
-        demands.insert(0, Demand(*[np.concatenate(pair) for pair in columns]))
+        owner, start, end, seconds = [np.concatenate(pair) for pair in columns]
+        demands.insert(0, Demand(owner, start, end, seconds, work.token / fleet.workers))
     return demands
 
 
-def _demand(span: Span, seconds: Floats, workers: int) -> Demand:
+def _demand(span: Span, seconds: Floats, workers: int, token_s: float = 0.0) -> Demand:
     owner, start, end = span
     some = seconds > 0.0
-    return Demand(owner[some], start[some], end[some], seconds[some] / workers)
+    return Demand(owner[some], start[some], end[some], seconds[some] / workers, token_s / workers)
 
 
 def _amounts(prompt: Floats, output: Floats, uncached: Uncached, owner: Ints) -> Amounts:

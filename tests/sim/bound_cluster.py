@@ -1,7 +1,8 @@
-"""A cluster in a few lines to hold the bound against: steps by the cost model, infinite shared cache, free transfer.
+"""A cluster in a few lines to hold the bound against: steps by the cost model, one cache for all, free transfer.
 
-Its policy draws lots: who prefills what and in which order, who decodes where, how much a step takes. It obeys only
-what the bound's proof relies on: causality, one step after another on a worker, one unfinished chunk a step.
+Its policy draws lots: who prefills what and in which order, who decodes where, how much a step takes, what leaves the
+cache. It obeys only what the bound's proof relies on: causality, one step after another on a worker, one unfinished
+chunk a step, and no more in KV than the memory of all workers together.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class SmallCluster:
         self.trace, self.cost, self.engine, self.rng = trace, cost, fleet.engine, rng
         self.roles = ["p"] * fleet.prefill + ["d"] * fleet.decode + ["pd"] * fleet.both
         self.steps: list[Step | None] = [None] * len(self.roles)
-        self.cache: set[int] = set()
+        self.memory = self.engine.kv_tokens * len(self.roles) or math.inf
+        self.cache: dict[int, None] = {}
+        self.foresees = rng.random() < 0.5  # what is wanted last leaves the cache first
         self.lives = [
             Life(i, trace.prompt[i], trace.output[i], trace.block_hashes(i)) for i in range(len(trace.arrival))
         ]
@@ -70,6 +73,7 @@ class SmallCluster:
                 if step is not None and step.end <= now:
                     self._finish(step)
                     self.steps[worker] = None
+            self._evict(now)
         return {life.number for life in self.lives if self._met(life, slo)}
 
     def _met(self, life: Life, slo: Slo) -> bool:
@@ -92,6 +96,7 @@ class SmallCluster:
                     )
                     for life in [*decodes, *[life for life, _ in chunks]]:
                         life.busy = True
+                    self._evict(now)
                     self.steps[worker] = Step(now + seconds, chunks, decodes)
         return self.steps != before
 
@@ -119,6 +124,8 @@ class SmallCluster:
         room = self.engine.chunk_tokens if self.rng.random() <= self.keep else 1 + self.engine.chunk_tokens // 3
         chunks: list[tuple[Life, int]] = []
         for life in waiting:
+            if not life.done and self._held() + life.prompt + life.output > self.memory:
+                continue
             self._reuse(life)
             count = min(room, life.prompt - life.done)
             chunks.append((life, count))
@@ -126,6 +133,22 @@ class SmallCluster:
             if not room or count < life.prompt - life.done:
                 break
         return chunks
+
+    def _held(self) -> int:
+        """Tokens of those that have begun and not ended."""
+        begun = (life for life in self.lives if (life.busy or life.done) and len(life.shown) < life.output)
+        return sum(life.prompt + life.output for life in begun)
+
+    def _evict(self, now: float) -> None:
+        """Down to what memory leaves beside them."""
+        while self.cache and len(self.cache) * self.trace.block_tokens + self._held() > self.memory:
+            blocks = list(self.cache)
+            block = max(blocks, key=lambda b: self._wanted_at(b, now)) if self.foresees else self.rng.choice(blocks)
+            del self.cache[block]
+
+    def _wanted_at(self, block: int, now: float) -> float:
+        later = [self.trace.arrival[life.number] for life in self.lives if not life.done and block in life.hashes]
+        return min((when for when in later if when >= now), default=math.inf)
 
     def _rest(self, life: Life) -> float:
         return self.cost.prefill(life.prompt - life.done, life.done, self.engine.chunk_tokens)
@@ -141,7 +164,7 @@ class SmallCluster:
         for life, count in step.chunks:
             life.busy = False
             life.done += count
-            self.cache.update(life.hashes[: life.done // max(1, self.trace.block_tokens)])
+            self.cache.update(dict.fromkeys(life.hashes[: life.done // max(1, self.trace.block_tokens)]))
             if life.done == life.prompt:
                 life.shown.append(step.end)
         for life in step.decodes:

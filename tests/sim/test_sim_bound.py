@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from array import array
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -16,6 +17,7 @@ from twinpool.errors import ConfigError
 from twinpool.router.core import UNLOADED_CHUNK
 from twinpool.router.policy.registry import policy_names
 from twinpool.sim.bound import bound, bound_capacity, bound_of, capacity_of, offer_of
+from twinpool.sim.bound_cache import Reuse, reuse_of
 from twinpool.sim.bound_cost import Amounts, Engine, Shape, Totals
 from twinpool.sim.bound_lines import line_below
 from twinpool.sim.bound_misses import unfinished
@@ -106,6 +108,67 @@ def test_counting_blocks_for_their_first_request_never_counts_too_much() -> None
     assert misses > 15
 
 
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def least_again(reuse: Reuse, arrival: list[float], limit: float, memory: float) -> float:
+    """Fewest tokens computed once more: every choice of pairs to keep tried, whole pairs only."""
+    spans = [
+        (arrival[i] + limit, arrival[j], tokens)
+        for i, j, tokens in zip(reuse.first, reuse.second, reuse.tokens, strict=True)
+        if arrival[j] > arrival[i] + limit
+    ]
+    best = math.inf
+    for kept in range(1 << len(spans)):
+        chosen = [span for bit, span in enumerate(spans) if kept >> bit & 1]
+        if all(sum(s[2] for s in chosen if s[0] <= when < s[1]) <= memory for when, _, _ in chosen):
+            best = min(best, sum(span[2] for bit, span in enumerate(spans) if not kept >> bit & 1))
+    return best
+
+
+def test_no_choice_of_what_to_keep_computes_less_again() -> None:
+    rng = random.Random(11)
+    forced = near = 0.0
+    for _ in range(200):
+        trace = random_trace(rng, rng.randint(3, 9), 2.0)
+        reuse = reuse_of(trace, np.arange(len(trace)))
+        memory, limit = 16.0 * rng.randint(1, 8), rng.choice((0.5, 1.0))
+        found = reuse.pairs(np.asarray(trace.arrival), np.full(len(trace), limit), memory, 1.0)
+        least = least_again(reuse, list(trace.arrival), limit, memory)
+        bounded = 0.0 if found is None else found.seconds.sum() - found.credit
+        assert bounded <= least + 1e-9
+        forced, near = forced + least, near + max(0.0, bounded)
+    assert near > 0.3 * forced > 0.0
+
+
+def test_blocks_that_cannot_wait_in_memory_are_work_again() -> None:
+    """Two conversations in turns, each with all memory can hold."""
+    turns = 20
+    trace = trace_of([5.0 * i for i in range(turns)], [640] * turns, [1] * turns,
+                     [list(range(100 * (i % 2), 100 * (i % 2) + 40)) for i in range(turns)])  # fmt: skip
+    reuse = reuse_of(trace, np.arange(turns))
+    assert reuse.tokens.tolist() == [640.0] * (turns - 2)
+    arrival, limit = np.asarray(trace.arrival), np.full(turns, 1.0)
+    assert reuse.pairs(arrival, limit, 1280.0, 1.0) is None  # both fit
+    half = reuse.pairs(arrival, limit, 640.0, 1.0)
+    assert half is not None
+    assert (half.seconds.sum() - half.credit) / reuse.tokens.sum() == pytest.approx(0.43, abs=0.05)
+    nothing = reuse.pairs(arrival, limit, 1.0, 1.0)
+    assert nothing is not None
+    assert (nothing.seconds.sum() - nothing.credit) / reuse.tokens.sum() > 0.99
+
+
+def test_little_memory_lowers_the_capacity() -> None:
+    turns = [c for new in range(300) for c in (new, new - 60, new - 120) if c >= 0]
+    n = len(turns)
+    chains = [[1000 * c + k for k in range(250)] for c in turns]
+    trace = trace_of([0.2 * i for i in range(n)], [4000] * n, [2] * n, chains)
+    settings = Settings(both=2, prefill=0, decode=0, closed_form=True)
+    capacities = [bound_capacity(trace, replace(settings, kv_tokens=kv), 0.95) for kv in (400_000, 100_000, 5_000)]
+    assert capacities[0] > 1.2 * capacities[1]
+    assert capacities[1] > 1.2 * capacities[2]
+
+
 # --- cost ---------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +236,7 @@ def test_floors_are_near_what_a_prefill_pool_takes(cost: Cost) -> None:
     need = Amounts(prompt, prompt, prompt * prompt / 2.0, ones, ones, ones, ones)
     shape = Shape(cost, Engine(), 40_000)
     alone = [cost.prefill(int(tokens), 0, 2048) for tokens in prompt]
-    assert 0.95 * sum(alone) < shape.prefill(need).sum() <= sum(alone) * (1.0 + 1e-9)
+    assert 0.95 * sum(alone) < shape.prefill(need).prefill.sum() <= sum(alone) * (1.0 + 1e-9)
     latency = shape.latency(need.tokens, need.places)
     assert np.all(latency <= np.array(alone) * (1.0 + 1e-9))
     assert np.all(latency > 0.85 * np.array(alone))
@@ -188,7 +251,7 @@ def contest(instances: int, seed: int) -> tuple[int, int]:
     totals = [0, 0]
     for _ in range(instances):
         trace = random_trace(rng, rng.choice((3, 6, 10, 20, 30)), rng.choice((0.05, 0.3, 1.0)))
-        engine = Engine(rng.choice((16, 48, 96)), rng.choice((2, 8)), rng.choice((0, 400, 2000)))
+        engine = Engine(rng.choice((16, 48, 96)), rng.choice((2, 8)), rng.choice((0, 300, 400, 2000)))
         pools = rng.choice(((1, 1, 0), (2, 1, 0), (0, 0, 1), (0, 0, 3), (1, 0, 1), (1, 1, 1)))
         fleet = Fleet(*pools, engine=engine)
         slo = Slo(rng.choice((0.3, 1.0)), rng.choice((0.0, 2.0)), rng.choice((0.08, 0.15, 0.4)))
