@@ -16,7 +16,7 @@ import msgspec
 from twinpool.cost import StepCost
 from twinpool.sampling import SamplingParams, TokenLogprob
 
-VERSION = 3
+VERSION = 4
 MAX_FRAME = 4 << 20
 MAX_CONTEXT = 1 << 19  # tokens; MAX_FRAME holds their ids and block columns
 
@@ -186,7 +186,7 @@ class Tokens(Frame, frozen=True):
 
 
 class Preempted(Frame, frozen=True):
-    """Out of blocks while decoding: the attempt is gone here, its finished blocks may still be cached."""
+    """Out of blocks while decoding, or told to Yield: the attempt is gone here, finished blocks may still be cached."""
 
     attempt: Attempt
 
@@ -335,6 +335,12 @@ class Decode(Frame, frozen=True):
     sequence: Sequence
 
 
+class Yield(Frame, frozen=True):
+    """Preempt this running attempt: it goes on elsewhere. The answer is Preempted, unless it has ended."""
+
+    attempt: Attempt
+
+
 class Cancel(Frame, frozen=True):
     """Stop the attempt and free all it holds.
 
@@ -351,7 +357,7 @@ FromWorker = (
 )  # fmt: skip
 ToWorker = (
     Welcome | Refused | Ack | Drain | SetRole | Snapshot | Reserve | Lend | Release | Renew | Prefill | Pull | Decode
-    | Cancel
+    | Yield | Cancel
 )  # fmt: skip
 
 from_worker = msgspec.msgpack.Decoder(FromWorker)

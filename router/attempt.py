@@ -8,19 +8,21 @@ from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE
 from twinpool.router import events as ev
 from twinpool.router.fetch import SOURCE_LOST, Fetches
-from twinpool.router.policy.base import Placement
-from twinpool.router.request import NOBODY, Phase, Ready, Request
+from twinpool.router.move import Moves
+from twinpool.router.policy.base import Placement, Policy
+from twinpool.router.request import NOBODY, Expected, Phase, Ready, Request
 from twinpool.router.state import FORGETTING, State
 
 
 class Attempts:
     """Handlers of everything a worker says about an attempt, and the two ways to start one."""
 
-    __slots__ = ("_fetches", "_state")
+    __slots__ = ("_fetches", "_moves", "_state")
 
     def __init__(self, state: State) -> None:
         self._state = state
         self._fetches = Fetches(state)
+        self._moves = Moves(state)
 
     def start(self, request: Request, placement: Placement, now: float) -> None:
         """PLACED: book the workers, ask for decode room or start the prefill."""
@@ -32,12 +34,14 @@ class Attempts:
         request.phase = Phase.PLACED
         if request.placed_at < 0:
             request.placed_at = now
+            seconds = placement.seconds if placement.source == NOBODY else 0.0
+            request.expected = Expected(seconds, placement.cached, request.output_to_come)
         request.prefill = placement.prefill
         request.path, request.reason = placement.path, placement.reason
         worker = state.pool.workers[placement.prefill]
         request.prefill_name = worker.name
         uncached = request.length - placement.cached
-        output = state.expected_output(request) if placement.local else 0
+        output = request.output_to_come if placement.local else 0
         worker.book(request.attempt, request.rid, request.length + output)
         fills = request.rank >= BATCH_RANK
         worker.commit_prefill(request.attempt, placement.seconds, uncached, placement.cached, now, fills)
@@ -58,7 +62,7 @@ class Attempts:
         worker = state.pool.workers[decode]
         request.decode, request.decode_name = decode, worker.name
         request.reserved_at = now  # until the answer comes: when it was asked for
-        tokens = request.length + state.expected_output(request)
+        tokens = request.length + request.output_to_come
         worker.book(request.attempt, request.rid, tokens)
         worker.join_decode(request.attempt, request.length, request.itl_s)
         if decode == request.prefill:
@@ -86,6 +90,9 @@ class Attempts:
     def reserved(self, event: ev.Reserved, now: float) -> None:
         """Decode room is there."""
         state = self._state
+        if (mover := state.moves.get(event.attempt)) is not None:
+            self._moves.reserved(mover, event, now)
+            return
         request = state.attempt_of(event.worker, event.attempt)
         if request is not None and request.fetch is not None and event.worker == request.prefill:
             if self._fetches.room(request, event.held, now):
@@ -112,6 +119,9 @@ class Attempts:
     def no_room(self, event: ev.NoRoom, now: float) -> None:
         """The worker's memory is fuller than booked: another place, or (decode) later."""
         state = self._state
+        if (mover := state.moves.get(event.attempt)) is not None:
+            self._moves.end(mover, now)
+            return
         request = state.attempt_of(event.worker, event.attempt)
         if request is None:
             return
@@ -134,7 +144,8 @@ class Attempts:
             return
         if request.attempts == 1:
             request.cached = min(event.cached, request.prompt_len)
-        request.compute_s = event.step_s
+        if not request.moves:
+            request.compute_s = event.step_s
         worker = self._state.pool.workers[event.worker]
         if event.done >= request.length and len(worker.prefills) == 1 and not (worker.fills or worker.decodes):
             worker.saw_prefill(request.length - event.cached, event.cached, event.step_s)
@@ -146,6 +157,9 @@ class Attempts:
 
     def blocks_ready(self, event: ev.BlocksReady, now: float) -> None:
         """Blocks may be pulled, as soon as there is room for them somewhere."""
+        if (mover := self._state.moves.get(event.attempt)) is not None:
+            self._moves.lent(mover, event, now)
+            return
         borrower = self._state.loans.get(event.attempt)
         if borrower is not None:
             if self._fetches.lent(borrower, event, now):
@@ -180,11 +194,15 @@ class Attempts:
     def blocks_verified(self, event: ev.BlocksVerified, now: float) -> None:
         """One pull is done."""
         state = self._state
-        request = state.attempt_of(event.worker, event.attempt)
-        if request is None or event.worker not in (request.decode, request.prefill):
+        mover = state.moves.get(event.attempt)
+        request = mover or state.attempt_of(event.worker, event.attempt)
+        if request is None:
             return
         if event.seconds > 0.0:
             state.bytes_per_s += FORGETTING * (event.bytes / event.seconds - state.bytes_per_s)
+        if mover is not None:
+            self._moves.verified(mover, event)
+            return
         if event.worker == request.prefill:
             if self._fetches.verified(request, event, now):
                 self._fetched(request, now)
@@ -209,6 +227,9 @@ class Attempts:
 
     def blocks_bad(self, event: ev.BlocksBad, now: float) -> None:
         """Fail closed: nothing is decoded from blocks that did not verify."""
+        if (mover := self._state.moves.get(event.attempt)) is not None:
+            self._moves.bad(mover, event, now)
+            return
         request = self._state.attempt_of(event.worker, event.attempt)
         if request is not None and event.worker == request.prefill:
             self._fetch_failed(request, event.reason, now)
@@ -278,21 +299,43 @@ class Attempts:
             return  # of another attempt, or a prefill worker whose part is done
         # After a fetch what it lost may have been the reservation, and the prompt be on its way there.
         gone = NOBODY if request.fetch is not None and event.worker == request.prefill else event.worker
+        placement = None if event.counts else self._moves.arrive(request, now)
         if event.counts:
             self._state.lose(request, event.reason, now, gone=gone)
+        elif placement is not None:
+            self._go_on_at(request, placement, now)
         else:
             self._state.retry(request, now, gone=gone)
 
-    # --- fetches ----------
+    # --- moves and fetches ----------
+
+    def move_off(self, policy: Policy, now: float) -> None:
+        """Sequences of workers that leave the decode pool go on elsewhere."""
+        self._moves.empty(policy, now)
+
+    def _go_on_at(self, request: Request, placement: Placement, now: float) -> None:
+        """It yielded, and its prompt is at another worker already."""
+        state = self._state
+        state.drop_attempt(request, now, request.decode)
+        request.begin_attempt(0)
+        if request.left <= 0:
+            state.finish(request, "length", now)
+            return
+        state.predict_output(request)
+        request.moves += 1
+        self.start(request, placement, now)
 
     def loan_lost(self, loan: int, now: float) -> None:
-        """The source of a fetch is gone, or gave it up; any other number means nothing."""
+        """The source of a fetch or one end of a move is gone, or gave it up; any other number means nothing."""
+        if (mover := self._state.moves.get(loan)) is not None:
+            self._moves.end(mover, now)
         request = self._state.loans.get(loan)
         if request is not None:
             self._fetch_failed(request, SOURCE_LOST, now)
 
-    def look_at_fetch(self, request: Request, now: float) -> None:
-        """Time passed."""
+    def look_at_ways(self, request: Request, now: float) -> None:
+        """Time passed: for a fetch, or a move."""
+        self._moves.look_at(request, now)
         if self._fetches.late(request, now):
             self._fetched(request, now)
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from twinpool.router.request import Expected
 from twinpool.sampling import SamplingParams, TokenLogprob
 
 
@@ -70,7 +71,7 @@ class FinishedOut:
     path_reason: str
     kv_bytes: int
     backend: str
-    attempts: int
+    attempts: int  # 1 and those that followed a loss
     queue_s: float
     reserve_s: float
     prefill_s: float
@@ -83,6 +84,8 @@ class FinishedOut:
     fetched_blocks: int = 0
     fetch_predicted_s: float = 0.0
     fetch_s: float = 0.0
+    moves: int = 0  # times that it went on at another decode worker without a loss
+    expected: Expected | None = None  # where nothing was lost: what to compare with
 
 
 class Stream(Protocol):
@@ -124,6 +127,8 @@ class WorkerView:
     leaked_blocks: int
     pid: int
     last_seen_s: float
+    prefill_pace: float = 1.0  # actual over predicted seconds of its kind of device, of late
+    decode_pace: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class Core:
         state.actions = []
         self._handlers[type(event)](event, now)
         if state.room_changed:
-            if state.queue.waiting or state.unhomed or self.policy.early:
+            if state.queue.waiting or state.unhomed or state.leaving or self.policy.early:
                 self._use_room(now)
             else:
                 state.room_changed = False
@@ -89,6 +89,8 @@ class Core:
             state.room_changed = False
             if state.unhomed:
                 self._find_decoders(now)
+            if state.leaving:
+                self.attempts.move_off(self.policy, now)
             if self.policy.early:
                 self._send_bound(now)
             if state.queue.waiting:
@@ -206,7 +208,7 @@ class Core:
         if isinstance(answer, Placement):
             state.queue.remove(request)
             if request.charged_output < 0:
-                state.queue.charge(request, answer.seconds, answer.cached, state.expected_output(request))
+                state.queue.charge(request, answer.seconds, answer.cached, request.output_to_come)
             if self.policy.early:
                 state.bind(request, answer)
                 self._send_bound_of(state.pool.workers[answer.prefill], now)
@@ -231,7 +233,7 @@ class Core:
         """First come, first served, as far as memory goes."""
         while worker.bound:
             request, placement, _ = worker.bound[0]
-            output = self.state.expected_output(request) if placement.local else 0
+            output = request.output_to_come if placement.local else 0
             if not worker.fits(request.length + output):
                 return
             if placement.local and len(worker.prefills) + worker.batch >= worker.max_batch:
@@ -243,7 +245,7 @@ class Core:
 
     def _may_decode(self, worker: int, request: Request) -> bool:
         """Whether a decode worker that was chosen earlier is still there and has room."""
-        tokens = request.length + self.state.expected_output(request)
+        tokens = request.length + request.output_to_come
         return any(other.id == worker and other.fits(tokens) for other in self.state.pool.decode)
 
     def _find_decoders(self, now: float) -> None:
@@ -271,38 +273,37 @@ class Core:
         if worker is None:
             return
         self.state.index.forget(event.worker)
-        self._roles_changed(now)
-        self._unbind_all(worker, now)
+        self._placed_anew(worker, now)
         for attempt in list(worker.attempts):
             request = self.state.by_attempt.get(attempt)
-            if request is not None:
-                self.state.lose(request, f"worker {worker.name} died", now, gone=event.worker)
-            else:
+            if request is None:
                 self.attempts.loan_lost(attempt, now)
+            else:
+                self.state.lose(request, f"worker {worker.name} died", now, gone=event.worker)
 
     def _worker_draining(self, event: ev.WorkerDraining, now: float) -> None:
         worker = self.state.pool.workers[event.worker]
         worker.draining = True
-        self._roles_changed(now)
-        self._unbind_all(worker, now)
+        self._placed_anew(worker, now)
 
     def _roles_set(self, event: ev.RolesSet, now: float) -> None:
         worker = self.state.pool.workers[event.worker]
         worker.roles = event.roles
-        self._roles_changed(now)
-        self._unbind_all(worker, now)
+        self._placed_anew(worker, now)
 
-    def _unbind_all(self, worker: Worker, now: float) -> None:
-        """Who waits in its line is placed anew."""
-        waiting = [bound.request for bound in worker.bound]
-        for request in waiting:
+    def _placed_anew(self, worker: Worker, now: float) -> None:
+        """Its roles changed, or it is gone: who waits in its line is placed anew."""
+        self._roles_changed(now)
+        for request in [bound.request for bound in worker.bound]:
             worker.unbind(request)
             self.state.enqueue(request, now)
 
     def _roles_changed(self, now: float) -> None:
-        self.state.pool.sort()
+        pool = self.state.pool
+        pool.sort()
+        self.state.leaving = [w for w in pool.workers.values() if w.decodes and w not in pool.decode]
         for role in self._short_since:
-            if self.state.pool.has(role):
+            if pool.has(role):
                 self._short_since[role] = math.inf
             elif self._short_since[role] == math.inf:
                 self._short_since[role] = now
@@ -320,12 +321,13 @@ class Core:
 
     def _reported(self, event: ev.Reported, now: float) -> None:
         worker = self.state.pool.workers.get(event.worker)
-        if worker is not None:
-            if event.running > 0 and event.waiting == 0:
-                worker.saw_decode(event.running, event.context, event.step_s)
-            if worker.full and event.free > 0:
-                worker.full = False
-                self.state.room_changed = True
+        if worker is None:
+            return
+        if event.running > 0 and event.waiting == 0:
+            worker.saw_decode(event.running, event.context, event.step_s)
+        if worker.full and event.free > 0:
+            worker.full = False
+            self.state.room_changed = True
 
     def _kv_changed(self, event: ev.KvChanged, now: float) -> None:
         if event.worker in self.state.pool.workers:
@@ -342,7 +344,7 @@ class Core:
         while timers and timers[0][0] <= now:
             _, rid, attempt = heapq.heappop(timers)
             request = self.state.requests.get(rid)
-            if request is not None and attempt in (0, request.attempt, request.loan):
+            if request is not None and (request.awaits(attempt) or attempt == request.attempt):
                 self._look_at(request, now)
         if self._renew_at <= now:
             self._renew(now)
@@ -350,8 +352,7 @@ class Core:
 
     def _look_at(self, request: Request, now: float) -> None:
         """Whatever a deadline of this request asks for now."""
-        if request.loan:
-            self.attempts.look_at_fetch(request, now)
+        self.attempts.look_at_ways(request, now)
         if now >= request.give_up:
             self.state.refuse(request, "DEADLINE_EXCEEDED", "DEADLINE", "the caller's deadline passed", now)
         elif request.phase == Phase.QUEUED or request.rid in self.state.unhomed:

@@ -326,6 +326,16 @@ class SendRelease(Send):
         self.attempt = attempt
 
 
+class SendYield(Send):
+    """Stop a running attempt and say so, as if it were preempted: it goes on elsewhere."""
+
+    __slots__ = ()
+
+    def __init__(self, worker: int, attempt: int) -> None:
+        self.worker = worker
+        self.attempt = attempt
+
+
 class SendCancel(Send):
     """Stop the attempt; ``suspect``: its KV did not match its checksums."""
 
@@ -379,6 +389,6 @@ class Refuse(Record):
 
 
 Action = (
-    SendReserve | SendLend | SendPrefill | SendPull | SendDecode | SendRelease | SendCancel | SendRenew | Show | Finish
-    | Refuse
+    SendReserve | SendLend | SendPrefill | SendPull | SendDecode | SendRelease | SendYield | SendCancel | SendRenew
+    | Show | Finish | Refuse
 )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Final
 
 from twinpool.router import events as ev
 from twinpool.router.policy.base import Placement
+from twinpool.router.pool import Worker
 from twinpool.router.request import NOBODY, Fetch, Ready, Request
 from twinpool.router.state import State
 
@@ -26,6 +27,19 @@ GONE: Final = "GONE"  # the source has no more of it than the prefill worker
 LATE: Final = "LATE"
 SOURCE_LOST: Final = "SOURCE_LOST"
 CHECKSUM: Final = "CHECKSUM"
+
+
+def pull_of(fetch: Fetch, receiver: Worker, number: int, now: float) -> ev.SendPull | None:
+    """What to pull when both ends have answered; None where the source has nothing that the receiver has not."""
+    ready = fetch.ready
+    assert ready is not None, "the source has not answered"
+    first, end = fetch.held, min(ready.first + ready.count, fetch.tokens // receiver.block_size)
+    if first < ready.first or first >= end:
+        return None
+    fetch.pulled = end
+    blocks, sums = ready.blocks[4 * first : 4 * end], ready.sums[8 * first : 8 * end]
+    timeout_s = max(0.0, fetch.until - now) + PULL_MARGIN_S
+    return ev.SendPull(receiver.id, number, fetch.source, first, blocks, sums, timeout_s)
 
 
 class Fetches:
@@ -74,20 +88,14 @@ class Fetches:
         return self._pull(request, fetch, now)
 
     def _pull(self, request: Request, fetch: Fetch, now: float) -> bool:
-        ready = fetch.ready
-        if ready is None or fetch.held == NOBODY:
+        if fetch.ready is None or fetch.held == NOBODY:
             return False
-        size = self._state.pool.workers[request.prefill].block_size
-        first, end = fetch.held, min(ready.first + ready.count, fetch.tokens // size)
-        if first < ready.first or first >= end:
-            self.end(request, OK if first * size >= fetch.tokens else GONE, now)
+        receiver = self._state.pool.workers[request.prefill]
+        pull = pull_of(fetch, receiver, request.attempt, now)
+        if pull is None:
+            self.end(request, OK if fetch.held * receiver.block_size >= fetch.tokens else GONE, now)
             return True
-        fetch.pulled = end
-        blocks, sums = ready.blocks[4 * first : 4 * end], ready.sums[8 * first : 8 * end]
-        timeout_s = max(0.0, fetch.until - now) + PULL_MARGIN_S
-        self._state.actions.append(
-            ev.SendPull(request.prefill, request.attempt, fetch.source, first, blocks, sums, timeout_s)
-        )
+        self._state.actions.append(pull)
         return False
 
     def verified(self, request: Request, event: ev.BlocksVerified, now: float) -> bool:

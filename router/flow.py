@@ -77,7 +77,7 @@ class Flow:
             path_reason=request.reason,
             kv_bytes=request.kv_bytes,
             backend=request.backend,
-            attempts=request.attempts,
+            attempts=request.attempts - request.moves,
             queue_s=_span(request.arrival, request.placed_at),
             reserve_s=_span(request.placed_at, request.prefill_started_at),
             prefill_s=_span(request.prefill_started_at, request.first_at),
@@ -87,6 +87,8 @@ class Flow:
             itl_s=(self.last_sent - first) / (new - 1) if new > 1 else 0.0,
             total_s=request.finished_at - request.arrival,
             **_fetched(request.fetch),
+            moves=request.moves,
+            expected=request.expected if request.attempts == 1 and not self.submission.resumed else None,
         )
 
     def record(self, request: Request, outcome: str, unix_time: float, now: float, block_tokens: int = 0) -> str:
@@ -130,6 +132,7 @@ class Flow:
                 "kv_bytes": request.kv_bytes,
                 "compute_s": round(request.compute_s, 6),
                 **({"fetch": _fetched(request.fetch)} if request.fetch is not None else {}),
+                **({"expected": request.expected._asdict()} if request.expected is not None else {}),
                 "outcome": outcome,
                 "edges": edges,
             },

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import GaugeMetricFamily
 
 from twinpool.router.cell import CellStatus, FinishedOut, WorkerView
+from twinpool.router.request import Expected
 
 MAX_TENANTS = 100  # distinct values of the tenant label; further tenants share OTHER
 OTHER = "other"
@@ -68,6 +69,12 @@ COUNTERS = {
         "Prompt work that another worker had done. scheduling.fetch: false turns it off."),
     "fetch_seconds": Row("twinpool_fetch_seconds", ("kind",), "Seconds of fetches that came: predicted and actual.",
         "Actual far above predicted: the links carry more than the router knows of."),
+    "moves": Row("twinpool_moves", (), "Sequences that went on at another decode worker while theirs was drained.",
+        "Moves with drains and role changes only; see twinpool_lost_attempts_total for what they did not save."),
+    "predictions": Row("twinpool_predictions", ("what", "kind"),
+        "What requests were predicted to be, and were: prefill_seconds, cached_tokens, output_tokens. Those that lost"
+        " an attempt or were resumed are left out.",
+        "actual / predicted is near 1. prefill_seconds: see the paces. cached_tokens below 0.8: KV events are lost."),
     "lost_attempts": Row("twinpool_lost_attempts", (), "Attempts lost to dead workers, failed transfers or preemption.",
         "Clients saw a pause, no error. Look for workers that restart, and for twinpool_worker_free_blocks near 0."),
 }  # fmt: skip
@@ -98,6 +105,11 @@ WORKER_GAUGES = (
         "Must be 0. Drain and restart the worker, and report it.", "leaked_blocks"),
     Row("twinpool_worker_silent_seconds", ("worker",), "Since the last frame of a worker.",
         "Nearing dead_after_ms: the worker hangs or the network is cut.", "last_seen_s"),
+    Row("twinpool_worker_prefill_pace", ("worker",), "Actual over predicted seconds of prompts, of its kind of device.",
+        "Predictions follow it. Far from 1: its profile is not of this device; see twinpool sim calibrate.",
+        "prefill_pace"),
+    Row("twinpool_worker_decode_pace", ("worker",), "The same of steps that only decode.",
+        "As above.", "decode_pace"),
 )  # fmt: skip
 
 OTHER_GAUGES = {
@@ -150,8 +162,21 @@ class Metrics:
         if out.kv_bytes:
             count["kv_bytes"].labels(out.backend).inc(out.kv_bytes)
         count["lost_attempts"].inc(max(0, out.attempts - 1))
+        count["moves"].inc(out.moves)
         if out.fetch_outcome:
             self._observe_fetch(out)
+        if out.expected is not None:
+            self._observe_prediction(out, out.expected)
+
+    def _observe_prediction(self, out: FinishedOut, expected: Expected) -> None:
+        count = self._counters["predictions"]
+        pairs: list[tuple[str, float, float]] = [("cached_tokens", expected.cached, out.cached_tokens)]
+        pairs.append(("output_tokens", expected.output, out.completion_tokens))
+        if expected.seconds > 0.0:
+            pairs.append(("prefill_seconds", expected.seconds, out.compute_s))
+        for what, predicted, actual in pairs:
+            count.labels(what, "predicted").inc(predicted)
+            count.labels(what, "actual").inc(actual)
 
     def _observe_fetch(self, out: FinishedOut) -> None:
         count = self._counters

@@ -38,10 +38,10 @@ class Performer:
         self._clock = clock
         self._close = close
         self._handlers: dict[type, Callable[[Any], None]] = {
-            ev.SendReserve: self._reserve, ev.SendLend: self._lend,
-            ev.SendPrefill: self._prefill, ev.SendPull: self._pull,
-            ev.SendDecode: self._decode, ev.SendRelease: self._release, ev.SendCancel: self._cancel,
-            ev.SendRenew: self._renew, ev.Show: self._show, ev.Finish: self._finish, ev.Refuse: self._refuse,
+            ev.SendReserve: self._reserve, ev.SendLend: self._lend, ev.SendPrefill: self._prefill,
+            ev.SendPull: self._pull, ev.SendDecode: self._decode, ev.SendRelease: self._release,
+            ev.SendYield: self._yield, ev.SendCancel: self._cancel, ev.SendRenew: self._renew, ev.Show: self._show,
+            ev.Finish: self._finish, ev.Refuse: self._refuse,
         }  # fmt: skip
 
     def perform(self, action: ev.Action) -> None:
@@ -66,7 +66,7 @@ class Performer:
         self._send(action.worker, frames.Lend(attempt=action.attempt, hashes=hashes, lease_s=self._lease_s))
 
     def _prefill(self, action: ev.SendPrefill) -> None:
-        if action.request.attempts == 2:
+        if action.request.attempts - action.request.moves == 2 and not action.request.moves:
             self._counts["resumed"] += 1
         sequence = self._flows[action.request.rid].sequence(action.request)
         frame = frames.Prefill(attempt=action.attempt, sequence=sequence, decode=action.decode,
@@ -90,6 +90,9 @@ class Performer:
 
     def _release(self, action: ev.SendRelease) -> None:
         self._send(action.worker, frames.Release(attempt=action.attempt))
+
+    def _yield(self, action: ev.SendYield) -> None:
+        self._send(action.worker, frames.Yield(attempt=action.attempt))
 
     def _cancel(self, action: ev.SendCancel) -> None:
         self._send(action.worker, frames.Cancel(attempt=action.attempt, suspect=action.suspect))

@@ -267,8 +267,9 @@ class Worker:
                 return
 
     def book(self, attempt: int, rid: int, tokens: int) -> None:
-        """Promise KV room for an attempt; replaces an earlier promise to the same one."""
+        """Promise KV room for an attempt, in whole blocks; replaces an earlier promise to the same one."""
         self.note()
+        tokens = -(-tokens // self.block_size) * self.block_size
         self.booked += tokens - self.held.get(attempt, 0)
         self.held[attempt] = tokens
         self.attempts[attempt] = rid

@@ -72,6 +72,22 @@ class Fetch:
         self.outcome = ""  # "" while it goes on, OK, or why there is nothing
 
 
+class Move(Fetch):
+    """The way of a sequence that decodes from ``source`` to ``target``: move.py."""
+
+    __slots__ = ("loan", "number", "target", "yields")
+
+    def __init__(
+        self, source: int, source_name: str, tokens: int, predicted_s: float, now: float, target: int, loan: int,
+        number: int,
+    ) -> None:  # fmt: skip
+        super().__init__(source, source_name, tokens, 0, predicted_s, now)
+        self.target = target
+        self.loan = loan  # number under which the source keeps its blocks
+        self.number = number  # of the reservation at the target
+        self.yields = False  # its KV is there, and the source was told to stop it
+
+
 class Placement(NamedTuple):
     """Where one request goes. ``decode`` = NOBODY: found later, or not needed (see ``path``)."""
 
@@ -91,16 +107,25 @@ class Placement(NamedTuple):
         return self.path == "local"
 
 
+class Expected(NamedTuple):
+    """What a request was predicted to be, to compare with what it was."""
+
+    seconds: float  # of its prompt's steps; 0 where a fetch came before, whose time is in it
+    cached: int
+    output: int
+
+
 class Request:
     """State of one request in the core. Times in seconds of the driver's clock; a stamp of -1 did not happen."""
 
     __slots__ = (
         "arrival", "attempt", "attempts", "backend", "bound_to", "cached", "charged_output", "compute_s", "deadline",
-        "decode", "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "fetch", "finished_at",
-        "first_at", "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "late", "length", "loan", "losses",
-        "max_tokens", "path", "phase", "placed_at", "prefill", "prefill_done", "prefill_name", "prefill_started_at",
-        "prompt_len", "queue_until", "rank", "ready", "reason", "reserved", "reserved_at", "returns", "rid",
-        "session", "shown", "suspect", "tenant", "transferred_at", "ttft_factor", "ttft_s", "verified",
+        "decode", "decode_name", "decoding_at", "emitted", "emitted_before", "ended", "expected", "expected_output",
+        "fetch", "finished_at", "first_at", "give_up", "hashes", "held", "itl_s", "klass", "kv_bytes", "late", "length",
+        "loan", "losses", "max_tokens", "move", "moves", "path", "phase", "placed_at", "prefill", "prefill_done",
+        "prefill_name", "prefill_started_at", "prompt_len", "queue_until", "rank", "ready", "reason", "reserved",
+        "reserved_at", "returns", "rid", "session", "shown", "stays", "suspect", "tenant", "transferred_at",
+        "ttft_factor", "ttft_s", "verified",
     )  # fmt: skip
 
     def __init__(
@@ -140,16 +165,16 @@ class Request:
         self.arrival = 0.0
         self.deadline = 0.0  # of the first token
         self.phase = Phase.QUEUED
-        self.attempts = 0
+        self.attempts = self.moves = 0  # moves: of the attempts, those that went on at another decode worker
         self.losses = 0  # attempts lost by a fault (preemptions are not)
-        self.shown = False
-        self.late = False  # its first token cannot come in time: it waits behind those that can
+        self.shown = self.late = False  # late: its first token cannot come in time: it waits behind those that can
         self.ended = ""
         self.placed_at = self.first_at = self.finished_at = -1.0
         self.compute_s = 0.0
-        self.kv_bytes = 0
+        self.kv_bytes = self.cached = 0
         self.backend = ""
-        self.cached = 0
+        self.expected_output = max_tokens  # tokens to come, predicted when it was queued
+        self.expected: Expected | None = None  # of its first attempt
         self.charged_output = -1  # tokens that its tenant was charged for; -1: not served yet
         self.bound_to = NOBODY  # the worker in whose ``bound`` it waits
         self.begin_attempt(0)
@@ -168,6 +193,8 @@ class Request:
         self.suspect = False  # its KV did not match its checksums
         self.fetch: Fetch | None = None
         self.loan = 0  # number under which its source keeps blocks for it; 0: none does
+        self.move: Move | None = None
+        self.stays = False  # a move failed
         self.ready: list[Ready] = []
         self.verified = 0
         self.prefill_done = False
@@ -182,9 +209,20 @@ class Request:
         return self.max_tokens - self.emitted
 
     @property
+    def output_to_come(self) -> int:
+        """Output tokens to book for: as predicted, at most what may still come."""
+        return min(self.left, self.expected_output)
+
+    @property
     def wants_transfer(self) -> bool:
         """Whether KV must move: not on path local, not for a single token."""
         return self.path == "split" and self.max_tokens - self.emitted_before > 1
+
+    def awaits(self, number: int) -> bool:
+        """Whether a timer set for this number still means something; 0: whatever attempt."""
+        if number in (0, self.loan) or (self.move is not None and number == self.move.loan):
+            return True
+        return number == self.attempt and not self.reserved
 
     @property
     def over(self) -> bool:

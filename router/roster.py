@@ -45,6 +45,8 @@ class Member:
             leaked_blocks=report.leaked if report else 0,
             pid=self.hello.pid,
             last_seen_s=now - self.link.last_seen,
+            prefill_pace=worker.pace.prefill,
+            decode_pace=worker.pace.decode,
         )
 
 

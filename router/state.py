@@ -13,9 +13,10 @@ from typing import Final
 from twinpool.router import events as ev
 from twinpool.router.admission import Queue
 from twinpool.router.kv_index import KvIndex
+from twinpool.router.lengths import OutputLengths
 from twinpool.router.policy.base import View
 from twinpool.router.policy.orders import Orders
-from twinpool.router.pool import Pool
+from twinpool.router.pool import Pool, Worker
 from twinpool.router.request import NOBODY, Bound, Phase, Placement, Request
 
 FORGETTING: Final = 0.05  # weight of a new sample in the running means
@@ -38,8 +39,9 @@ class State:
     """One cell's state and the actions of the event in hand."""
 
     __slots__ = (
-        "actions", "by_attempt", "bytes_per_s", "index", "limits", "loans", "mean_output", "next_attempt", "orders",
-        "pool", "queue", "requests", "room_changed", "round_trip_s", "timer_limit", "timers", "unhomed",
+        "actions", "by_attempt", "bytes_per_s", "index", "leaving", "lengths", "limits", "loans", "moves",
+        "next_attempt", "orders", "pool", "queue", "requests", "room_changed", "round_trip_s", "timer_limit", "timers",
+        "unhomed",
     )  # fmt: skip
 
     def __init__(self, limits: Limits) -> None:
@@ -51,12 +53,14 @@ class State:
         self.requests: dict[int, Request] = {}
         self.by_attempt: dict[int, Request] = {}
         self.loans: dict[int, Request] = {}  # by the number of the loan: fetch.py
+        self.moves: dict[int, Request] = {}  # by both numbers of the move: move.py
+        self.leaving: list[Worker] = []  # with sequences that are to go on elsewhere
         self.unhomed: dict[int, Request] = {}  # KV computed or under way, but no decode worker yet; by rid
         self.timers: list[tuple[float, int, int]] = []  # (time, rid, attempt; 0: whatever attempt)
         self.timer_limit = MIN_TIMERS  # above that the timers of what is over are taken out
         self.actions: list[ev.Action] = []
         self.next_attempt = 1
-        self.mean_output = 128.0
+        self.lengths = OutputLengths()
         self.bytes_per_s = 1e9
         self.round_trip_s = 0.001
         self.room_changed = False
@@ -69,12 +73,8 @@ class State:
     def view(self) -> View:
         """What a policy may look at."""
         orders = self.orders if self.large else None
-        output = max(1, round(self.mean_output))
-        return View(self.pool, self.index, self.round_trip_s, output, self.bytes_per_s, orders, self.unhomed)
-
-    def expected_output(self, request: Request) -> int:
-        """Output tokens to book for: the running mean, at most what may still come."""
-        return min(request.left, max(1, round(self.mean_output)))
+        mean = self.lengths.mean
+        return View(self.pool, self.index, self.round_trip_s, mean, self.bytes_per_s, orders, self.unhomed)
 
     def wake_at(self, when: float, request: Request, attempt: int = 0) -> None:
         """Look at the request again then, if (with ``attempt``) that attempt is still the one."""
@@ -92,9 +92,7 @@ class State:
         while timers:
             when, rid, attempt = timers[0]
             request = self.requests.get(rid)
-            if request is not None and (
-                attempt in (0, request.loan) or (attempt == request.attempt and not request.reserved)
-            ):
+            if request is not None and request.awaits(attempt):
                 return when
             heapq.heappop(timers)
         return math.inf
@@ -108,9 +106,14 @@ class State:
         """QUEUED, first or again."""
         request.phase = Phase.QUEUED
         request.bound_to = NOBODY
+        self.predict_output(request)
         self.queue.push(request)
         self._wake_if_short(request, now)
         self.room_changed = True
+
+    def predict_output(self, request: Request) -> None:
+        """From what ended of late."""
+        request.expected_output = max(1, round(self.lengths.left(request.tenant, request.rank, request.emitted)))
 
     def bind(self, request: Request, placement: Placement) -> None:
         """Out of the queue, to one worker's line: what binds at arrival is never placed again."""
@@ -148,7 +151,7 @@ class State:
         request.ended = reason
         request.phase = Phase.FINISHED
         self._close(request, now)
-        self.mean_output += FORGETTING * (request.emitted - self.mean_output)
+        self.lengths.add(request.tenant, request.rank, request.emitted)
         self.actions.append(ev.Finish(request))
 
     def refuse(
@@ -171,7 +174,7 @@ class State:
 
     def retry(self, request: Request, now: float, gone: int = NOBODY) -> None:
         """Back to the queue with the prompt and the tokens sent so far; nobody's fault."""
-        self._drop_attempt(request, now, gone)
+        self.drop_attempt(request, now, gone)
         request.begin_attempt(0)
         if request.left <= 0:
             self.finish(request, "length", now)
@@ -184,17 +187,19 @@ class State:
             self.room_changed = True  # who stood behind it may be next
         elif request.bound_to != NOBODY:
             self.unbind(request)
-        self._drop_attempt(request, now, NOBODY)
+        self.drop_attempt(request, now, NOBODY)
         self.queue.settle(request)
         del self.requests[request.rid]
 
-    def _drop_attempt(self, request: Request, now: float, gone: int) -> None:
+    def drop_attempt(self, request: Request, now: float, gone: int) -> None:
         """Free what the attempt holds anywhere; ``gone`` is a worker that needs no telling."""
         if not request.attempt:
             return
         self.by_attempt.pop(request.attempt, None)
         if request.loan:
             self.end_loan(request, now)
+        if request.move is not None:
+            self.end_move(request, now)
         self.unhomed.pop(request.rid, None)
         for worker_id in (request.prefill, request.decode):
             worker = self.pool.workers.get(worker_id)
@@ -212,6 +217,17 @@ class State:
             self.actions.append(ev.SendCancel(source.id, loan, suspect))
             self.room_changed = True
 
+    def end_move(self, request: Request, now: float, suspect: bool = False) -> None:
+        """Neither worker need keep anything for it any more."""
+        move, request.move = request.move, None
+        assert move is not None, f"request {request.rid} does not move"
+        for number, worker_id in ((move.loan, move.source), (move.number, move.target)):
+            del self.moves[number]
+            worker = self.pool.workers.get(worker_id)
+            if worker is not None and worker.forget(number, now):
+                self.actions.append(ev.SendCancel(worker_id, number, suspect and number == move.loan))
+        self.room_changed = True
+
     def check_integrity(self) -> None:
         """Every booking belongs to a live attempt and every live attempt is booked, or AssertionError."""
         self.index.check_integrity()
@@ -219,7 +235,7 @@ class State:
         for worker in self.pool.workers.values():
             worker.check_integrity()
             for attempt, rid in worker.attempts.items():
-                borrower = self.loans.get(attempt)
+                borrower = self.loans.get(attempt) or self.moves.get(attempt)
                 request = borrower or self.by_attempt.get(attempt)
                 assert request is not None, f"{worker.name} holds dead attempt {attempt}"
                 assert request.rid == rid, f"{worker.name} has attempt {attempt} for another request"
@@ -237,6 +253,10 @@ class State:
             source = self.pool.workers.get(request.fetch.source)
             assert source is not None, f"the source of request {request.rid} is gone"
             assert loan in source.attempts, f"{source.name} does not know loan {loan}"
+        for number, request in self.moves.items():
+            assert request.move is not None, f"request {request.rid} does not move"
+            assert number in (request.move.loan, request.move.number), f"request {request.rid} has no move {number}"
+            assert self.by_attempt.get(request.attempt) is request, f"request {request.rid} moves, but is over"
         for rid, request in self.unhomed.items():
             assert request.decode == NOBODY, f"request {rid} has a decode worker"
             assert self.by_attempt.get(request.attempt) is request, f"request {rid} waits, but is over"

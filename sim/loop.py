@@ -35,7 +35,7 @@ KV_ASKED: Final = 6
 # Numbers of actions in the digest. Leases never run out here, so renewals are left out.
 NUMBERS: dict[type, int] = {
     ev.SendReserve: 1, ev.SendPrefill: 2, ev.SendPull: 3, ev.SendDecode: 4, ev.SendRelease: 5, ev.SendCancel: 6,
-    ev.SendLend: 10,
+    ev.SendLend: 10, ev.SendYield: 11,
 }  # fmt: skip
 SHOW: Final = 7
 FINISH: Final = 8

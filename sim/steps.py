@@ -22,7 +22,7 @@ from twinpool.sim.decode import Batch
 from twinpool.sim.members import Members
 from twinpool.sim.memory import Memory, next_news
 from twinpool.sim.net import Net
-from twinpool.sim.sequence import GONE, RUNNING
+from twinpool.sim.sequence import GONE, NEVER, RUNNING
 
 COUNT_EVERY: Final = 256  # steps, after which growth is counted though there is no need
 
@@ -98,6 +98,17 @@ class Steps:
         else:
             self.sync(now, 0)
             self._memory.release(sequence)
+
+    def give_up(self, attempt: int, now: float) -> None:
+        """A running attempt goes on elsewhere: tokens that were drawn have left, then it is preempted."""
+        sequence = self.members.running.get(attempt)
+        if sequence is None:
+            return
+        self._settle(now)
+        if sequence.join != NEVER:
+            self.members.tell_tokens(sequence, now)
+        self.forget(attempt, now)
+        self._net.tell(ev.AttemptLost(self._id, attempt, "preempted", False), now)
 
     def sync(self, now: float, wanted: int) -> bool:
         """Call this before blocks are given back, or ``wanted`` ones taken. Whether those can be needed for growth."""

@@ -102,6 +102,8 @@ class SimWorker:
             self._decode(action, now)
         elif isinstance(action, (ev.SendRelease, ev.SendCancel)):
             self._steps.forget(action.attempt, now)
+        elif isinstance(action, ev.SendYield):
+            self._steps.give_up(action.attempt, now)
 
     def _reusable(self, sequence: Sequence) -> int:
         """Units that may come from the cache or be received into it: the last token is always computed, or moved."""

@@ -81,7 +81,7 @@ class Worker:
             frames.Renew: self._renew, frames.Prefill: self._prefill, frames.Pull: self._pull,
             frames.Decode: self._decode, frames.Cancel: self._cancel, frames.Ack: self._ack,
             frames.Lend: self._lend, frames.Drain: self._drain, frames.SetRole: self._set_role,
-            frames.Snapshot: self._snapshot,
+            frames.Snapshot: self._snapshot, frames.Yield: self._yield,
         }  # fmt: skip
 
     # --- what the router says ----------
@@ -157,6 +157,13 @@ class Worker:
         if frame.suspect:
             self._distrust(frame.attempt)
         self._forget(frame.attempt)
+
+    def _yield(self, frame: frames.Yield) -> None:
+        sequence = self._scheduler.sequence(frame.attempt)
+        if sequence is None or sequence.cancelled:
+            return  # it has ended: that is on its way
+        self._forget(frame.attempt)
+        self._send(frames.Preempted(attempt=frame.attempt))
 
     def _distrust(self, attempt: int) -> None:
         """Take blocks that changed since they were summed out of the cache, else the next attempt meets them again."""

@@ -17,16 +17,16 @@ from twinpool.router.request import NOBODY, Placement, Request
 class View:
     """What a policy may look at (borrowed, read-only)."""
 
-    __slots__ = ("bytes_per_s", "commit_round_trip_s", "expected_output", "index", "orders", "pool", "unhomed")
+    __slots__ = ("bytes_per_s", "commit_round_trip_s", "index", "mean_output", "orders", "pool", "unhomed")
 
     def __init__(
-        self, pool: Pool, index: KvIndex, commit_round_trip_s: float, expected_output: int, bytes_per_s: float = 1e9,
+        self, pool: Pool, index: KvIndex, commit_round_trip_s: float, mean_output: float, bytes_per_s: float = 1e9,
         orders: Orders | None = None, unhomed: Mapping[int, Request] | None = None,
     ) -> None:  # fmt: skip
         self.pool = pool
         self.index = index
         self.commit_round_trip_s = commit_round_trip_s
-        self.expected_output = expected_output  # tokens, mean of what requests of this cell wrote lately
+        self.mean_output = mean_output  # tokens of an answer of late
         self.bytes_per_s = bytes_per_s  # of KV between two workers, running mean
         self.orders = orders  # of a large pool: refresh before use
         self.unhomed = {} if unhomed is None else unhomed  # whose KV has no decode worker yet

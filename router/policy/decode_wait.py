@@ -17,7 +17,7 @@ def decode_wait_s(request: Request, view: View) -> float:
     for worker in view.pool.decode:
         batch = worker.batch
         if batch:
-            seconds = view.expected_output * worker.decode_s(batch, worker.context)
+            seconds = view.mean_output * worker.decode_s(batch, worker.context)
             places += batch / seconds
             tokens += worker.context / seconds
     if not places:

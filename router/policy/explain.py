@@ -153,7 +153,7 @@ def _local_row(
     request: Request, worker: Worker, stairs: list[Stair], splits: list[PromptRow], view: View, now: float
 ) -> PromptRow:
     """``splits``: the rows of prefill workers that will be able to serve the request, if not now."""
-    need = request.length + min(request.left, view.expected_output)
+    need = request.length + request.output_to_come
     beside = worker.beside(request.itl_s) if worker.decodes else None
     wait_s = worker.free_at(now) - now
     if beside is not None and not worker.prefills:
@@ -191,7 +191,7 @@ def _other_rows(
     rows: list[PromptRow] = []
     for worker in workers:
         local = policy.goes_on(request, worker) if isinstance(policy, AtArrival) else "decode" in worker.roles
-        need = request.length + (min(request.left, view.expected_output) if local else 0)
+        need = request.length + (request.output_to_come if local else 0)
         rules = (
             (worker.draining, DRAINS),
             (request.left > 1 and not view.pool.decode, NO_DECODER),
@@ -244,7 +244,7 @@ def _decode_row(
 
     ``line``: why not, where the worker itself is no reason.
     """
-    need = request.length + min(request.left, view.expected_output)
+    need = request.length + request.output_to_come
     memory = (worker.booked + need - worker.held.get(request.attempt, 0)) / worker.limit
     batch = worker.batch
     step_s = worker.decode_s(batch + 1, worker.context + request.length)

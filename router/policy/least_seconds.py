@@ -133,13 +133,13 @@ class LeastSeconds:
 
     @staticmethod
     def _could_serve(request: Request, workers: list[Worker], view: View) -> list[Worker]:
-        need = request.length + min(request.left, view.expected_output)
+        need = request.length + request.output_to_come
         return [worker for worker in workers if worker.could_fit(need)]
 
     def decode_for(self, request: Request, view: View, now: float) -> int:
         """Least max(ITL ratio, memory ratio) among workers where both stay in bounds; ties to the lower id."""
         best, best_score = NOBODY, math.inf
-        need = request.length + min(request.left, view.expected_output)
+        need = request.length + request.output_to_come
         if view.orders is not None:
             view.orders.refresh()
             return large_pool.least_loaded(request, view.pool, view.orders, need, self._decode_score)
@@ -227,7 +227,7 @@ class LeastSeconds:
         best: Candidate | None = None
         somebody = False
         length = request.length
-        need = length + min(request.left, view.expected_output)
+        need = length + request.output_to_come
         split = outlook.split
         bound = outlook.least if split is None else split.finish
         orders = view.orders

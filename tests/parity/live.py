@@ -151,6 +151,8 @@ class Cluster:
             asyncio.create_task(worker.live(), name=worker.name).add_done_callback(_must_not_end)
         for number, when in settings.deaths:
             loop.call_at(when, self._cut, number)
+        for number, when in settings.drains:
+            loop.call_at(when, self.cell.drain_worker, self.workers[number].name)
         waiting = {i for followers in self._followers.values() for i in followers}
         for i, when in enumerate(self._trace.arrival):
             if i not in waiting:

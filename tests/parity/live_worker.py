@@ -100,6 +100,7 @@ class Settings:
     heartbeat_s: float = 0.5
     cancels: tuple[tuple[int, float], ...] = ()  # (request, when its client goes)
     deaths: tuple[tuple[int, float], ...] = ()  # (worker, when its link is cut)
+    drains: tuple[tuple[int, float], ...] = ()  # (worker, when it is drained)
     limit_s: float = 100_000.0  # of the virtual clock
     work: tuple[float, ...] = ()  # by request, how many times as long as predicted its prompt takes; empty: once
 

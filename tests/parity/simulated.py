@@ -51,8 +51,9 @@ def live_settings(trace: Trace, settings: SimSettings, cancels: tuple[tuple[int,
     profile, cost = cluster.profile, cluster.cost
     assert isinstance(cost, StepCost)
     names = settings.names()
-    deaths = tuple((names.index(failure.worker), failure.at) for failure in settings.failures)
-    assert all(failure.what == "die" for failure in settings.failures)
+    when: dict[str, list[tuple[int, float]]] = {"die": [], "drain": []}
+    for failure in settings.failures:
+        when[failure.what].append((names.index(failure.worker), failure.at))
     return Settings(
         roles=tuple(settings.roles()),
         blocks=cluster.blocks,
@@ -71,9 +72,15 @@ def live_settings(trace: Trace, settings: SimSettings, cancels: tuple[tuple[int,
         policy=lambda: make_policy(settings.policy, settings.parameters),
         limits=replay.limits_of(settings),
         cancels=cancels,
-        deaths=deaths,
+        deaths=tuple(when["die"]),
+        drains=tuple(when["drain"]),
         work=tuple(work_of(trace, settings)),
     )
+
+
+def drains(*when: tuple[str, float]) -> tuple[Failure, ...]:
+    """(worker, time) of each."""
+    return tuple(Failure(at, "drain", worker) for worker, at in when)
 
 
 def deaths(*when: tuple[str, float]) -> tuple[Failure, ...]:

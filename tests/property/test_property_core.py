@@ -11,7 +11,7 @@ from tests.router.fake_worker import BLOCK, FakeWorker, request_of, worker_up
 
 from twinpool.router import events as ev
 from twinpool.router.policy import LeastSeconds
-from twinpool.router.request import Request
+from twinpool.router.request import Phase, Request
 from twinpool.router.state import Limits
 
 IDS = st.integers(0, 5)
@@ -66,7 +66,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     def known(self) -> set[int]:
         """Numbers that mean something to the core."""
-        return {*self.cluster.core.state.by_attempt, *self.cluster.core.state.loans}
+        state = self.cluster.core.state
+        return {*state.by_attempt, *state.loans, *state.moves}
 
     # --- clients ----------
 
@@ -124,6 +125,25 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(pick=PICK)
     def drain(self, pick: int) -> None:
         self.cluster.deliver(ev.WorkerDraining(self.worker(pick).up.worker))
+
+    @rule(prompt=st.integers(1, 40), output=st.integers(6, 12), roles=ROLES, blocks=BLOCKS, wait_s=GAPS)
+    def drain_one_that_decodes(
+        self, prompt: int, output: int, roles: tuple[str, ...], blocks: int, wait_s: float
+    ) -> None:
+        """A sequence decodes, another worker comes, and its own leaves."""
+        self.rid += 1
+        request = request_of(self.rid, prompt, output, hashes=list(range(prompt // BLOCK)))
+        self.cluster.submit(request)
+        for _ in range(20):
+            if request.over or request.phase == Phase.DECODING:
+                break
+            self.cluster.run(0.01)
+        unused = next((worker for worker in range(8) if worker not in self.cluster.workers), None)
+        if unused is not None:
+            self.join(unused, roles, blocks, 4)
+        if request.phase == Phase.DECODING and request.decode in self.cluster.workers:
+            self.cluster.deliver(ev.WorkerDraining(request.decode))
+        self.cluster.run(wait_s)
 
     @precondition(lambda self: self.cluster.workers)
     @rule(pick=PICK, roles=ROLES)
@@ -210,6 +230,17 @@ def test_much_chaos() -> None:
 
 
 assert 0.97 * 64 * BLOCK > 80 + 3 + 12, "the largest request must fit the workers of the recovery"
+
+
+def test_what_two_prompts_leave_of_their_last_blocks_is_no_room() -> None:
+    """Found by the machine: 17 + 17 tokens fit into 36, but not 5 + 5 blocks of 4 into 9, and it tried for ever."""
+    cluster = FakeCluster()
+    cluster.join(worker_up(0, "prefill", blocks=9))
+    cluster.join(worker_up(1, "decode", blocks=64)).latency_s = 0.05
+    for rid in (1, 2):
+        cluster.submit(request_of(rid, 17, 3, ttft_s=0.0))
+    cluster.run_until_ended(5.0)
+    assert not any(isinstance(event, ev.NoRoom) for event in cluster.heard)
 
 
 def test_a_reservation_that_is_lost_while_its_prompt_is_on_the_way() -> None:

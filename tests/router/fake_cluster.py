@@ -22,10 +22,11 @@ from twinpool.router.request import Request
 from twinpool.router.state import Limits
 
 TICKS_IN_A_MOMENT = 50
+STEPS_IN_A_MOMENT = 5000
 STARTS = (ev.SendReserve, ev.SendLend, ev.SendPrefill, ev.SendPull, ev.SendDecode)
 Order = (
-    ev.SendReserve | ev.SendLend | ev.SendPrefill | ev.SendPull | ev.SendDecode | ev.SendRelease | ev.SendCancel
-    | ev.SendRenew
+    ev.SendReserve | ev.SendLend | ev.SendPrefill | ev.SendPull | ev.SendDecode | ev.SendRelease | ev.SendYield
+    | ev.SendCancel | ev.SendRenew
 )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ class FakeCluster:
         self.core.state.check_integrity()
         for index, action in enumerate(actions):
             state = self.core.state
-            if isinstance(action, STARTS) and action.attempt not in (state.by_attempt | state.loans):
+            if isinstance(action, STARTS) and action.attempt not in (state.by_attempt | state.loans | state.moves):
                 cancel = ev.SendCancel(action.worker, action.attempt)
                 assert cancel in actions[index:], f"{action} for a dead attempt"
             self._perform(action)
@@ -130,6 +131,7 @@ class FakeCluster:
     def run(self, seconds: float) -> None:
         """Let that much virtual time pass."""
         until = self.now + seconds
+        steps = 0
         while True:
             tick = self.core.next_tick()
             due = self._heap[0][0] if self._heap else math.inf
@@ -137,6 +139,8 @@ class FakeCluster:
             if when > until:
                 self.now = until
                 return
+            steps = steps + 1 if when <= self.now else 0
+            assert steps < STEPS_IN_A_MOMENT, "what is said and done leads nowhere"
             self.now = max(self.now, when)
             if due <= tick:
                 heapq.heappop(self._heap)[2]()
@@ -166,6 +170,7 @@ class FakeCluster:
         assert not state.requests
         assert not state.by_attempt
         assert not state.loans
+        assert not state.moves
         assert not state.unhomed
         assert len(state.queue) == 0
         for worker in state.pool.workers.values():

@@ -20,6 +20,7 @@ BLOCK_BYTES = 1024
 LATENCY_S = 0.001
 TOKEN_S = 0.010
 PULL_S = 0.002
+REPORT_S = 0.020  # after a refusal: a worker never reports at once
 
 
 def worker_up(
@@ -135,6 +136,9 @@ class FakeWorker:
                 self._decode(action)
             case ev.SendRelease() | ev.SendCancel():
                 self.drop(action.attempt)
+            case ev.SendYield():
+                if action.attempt in self.jobs:
+                    self.lose(action.attempt, "preempted", counts=False)
             case ev.SendRenew():
                 for attempt in action.attempts:
                     if attempt in self.jobs:
@@ -144,7 +148,7 @@ class FakeWorker:
         assert job.attempt not in self.jobs, f"{self.up.name} has attempt {job.attempt} already"
         if self.cluster.use("no_room") or job.blocks > self.free:
             self.say(ev.NoRoom(self.up.worker, job.attempt))
-            self.report()
+            self.cluster.at(self.cluster.now + REPORT_S, lambda: self.report() if self.alive() else None)
             return False
         self.jobs[job.attempt] = job
         self._grant(job)

@@ -60,7 +60,7 @@ def trouble(cluster: FakeCluster) -> None:
         )
     for rid in range(1, REQUESTS + 1):
         if rid == 20:
-            cluster.faults["bad_pull"] = cluster.faults["no_room"] = 2
+            cluster.faults["bad_pull"] = cluster.faults["no_room"] = 4
         elif rid == 30:
             cluster.kill(2)
         elif rid == 35:
@@ -77,6 +77,7 @@ def trouble(cluster: FakeCluster) -> None:
             cluster.deliver(ev.AttemptLost(request.prefill, attempt, "engine", True))
     cluster.deliver(ev.RolesSet(0, ("prefill", "decode")))
     cluster.deliver(ev.WorkerDraining(1))
+    cluster.deliver(ev.WorkerDraining(3))
     cluster.run_until_ended(60.0)
 
 

@@ -70,7 +70,9 @@ def test_every_attempt_comes_from_a_look(troubled: Trouble) -> None:
     seen = 0
     for story, attempt in troubled.attempts():
         look = story.placing(attempt.number)
-        assert look is not None
+        if look is None:
+            assert "moved here from" in attempt.reason  # by a drain, not by a choice among all
+            continue
         chosen = [row for row in look.prompt if row.worker == look.prefill]
         assert {row.name for row in chosen} == {attempt.prefill}
         assert look.reason == attempt.reason

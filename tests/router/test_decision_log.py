@@ -54,12 +54,11 @@ def test_a_fresh_core_does_the_same(tmp_path: Path, policy: str) -> None:
     header, turns = turns_of(path)
     assert (header.policy, header.first_attempt, header.limits.max_queue) == (policy, FIRST, 20)
     missing = {kind.__name__ for kind in KINDS} - {name_of(turn) for turn in turns}
-    assert missing == (TRANSFERS if policy == "colocated" else set())
+    assert missing <= (TRANSFERS if policy == "colocated" else set())
     rows = [row for turn in turns for row in turn.said]
     if policy != "colocated":
         actions = {kind.__name__ for kind in get_args(ev.Action)}
-        never = set() if policy == "least_seconds" else {"SendLend"}
-        assert {row[0] for row in rows} == {"next tick", *actions} - never
+        assert {row[0] for row in rows} == {"next tick", *actions}
     assert sum(row[0] in ("Finish", "Refuse") for row in rows) == REQUESTS
     assert replay_decisions(path) is None
 

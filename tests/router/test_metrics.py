@@ -10,6 +10,7 @@ from prometheus_client import generate_latest
 
 from twinpool.router.cell import CellModel, CellStatus, FinishedOut, WorkerView
 from twinpool.router.metrics import MAX_TENANTS, EdgeState, Metrics, gauges, reference
+from twinpool.router.request import Expected
 
 OUT = FinishedOut(
     reason="stop", stop=2, text="", prompt_tokens=100, completion_tokens=20, cached_tokens=64, prefill_worker="p1",
@@ -53,6 +54,22 @@ def test_fetches() -> None:
     assert sample(metrics, "twinpool_fetched_blocks_total") == 7
     assert sample(metrics, "twinpool_fetch_seconds_total", kind="predicted") == 0.25
     assert sample(metrics, "twinpool_fetch_seconds_total", kind="actual") == 0.5
+
+
+def test_predictions_stand_beside_what_came() -> None:
+    metrics = Metrics()
+    metrics.observe_finished(OUT, "acme", "batch")
+    assert sample(metrics, "twinpool_predictions_total", what="output_tokens", kind="actual") is None
+    fetched = dataclasses.replace(OUT, expected=Expected(0.0, 48, 20))
+    for out in (dataclasses.replace(OUT, expected=Expected(0.25, 32, 100)), fetched):
+        metrics.observe_finished(out, "acme", "batch")
+    seen = {
+        what: [sample(metrics, "twinpool_predictions_total", what=what, kind=kind) for kind in ("predicted", "actual")]
+        for what in ("prefill_seconds", "cached_tokens", "output_tokens")
+    }
+    assert seen["prefill_seconds"] == [0.25, OUT.compute_s]  # a fetch's seconds are not the prompt's
+    assert seen["cached_tokens"] == [80, 2 * OUT.cached_tokens]
+    assert seen["output_tokens"] == [120, 2 * OUT.completion_tokens]
 
 
 def test_failed_and_refused() -> None:

@@ -74,7 +74,7 @@ def test_workers_that_are_too_small_are_left_out(name: str) -> None:
     # Prompt fits, prompt and answer do not: one worker of both pools must hand over.
     both = cell("both", "decode")
     both.pool.workers[0].limit = 420
-    split = placed(make_policy(name), ask(400, 50), both)
+    split = placed(make_policy(name), ask(406, 50), both)
     assert split.path == ("local" if name == "colocated" else "split")
     assert split.decode in (1, NOBODY)
 
@@ -85,10 +85,10 @@ def test_decode_workers_without_room_are_left_out(name: str) -> None:
     policy = make_policy(name)
     decoding(view, 1, 4)
     assert policy.decode_for(ask(), view, NOW) == 2
-    view.pool.workers[2].book(7, 7, 3880 - 450)
-    assert policy.decode_for(ask(400, 50), view, NOW) == 2
-    assert policy.decode_for(ask(401, 50), view, NOW) == NOBODY
-    request = ask(401, 50)
+    view.pool.workers[2].book(7, 7, 3880 - 456)
+    assert policy.decode_for(ask(406, 50), view, NOW) == 2
+    assert policy.decode_for(ask(407, 50), view, NOW) == NOBODY
+    request = ask(407, 50)
     request.attempt = 7  # what waits there already
     assert policy.decode_for(request, view, NOW) == 2
 

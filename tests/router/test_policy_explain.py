@@ -212,7 +212,7 @@ def test_kv_that_waits_goes_first() -> None:
 @given(cells())
 def test_decode_rows_are_the_scores_of_the_policy(drawn: tuple[View, Request]) -> None:
     view, request = drawn
-    need = request.length + min(request.left, view.expected_output)
+    need = request.length + request.output_to_come
     for row in decode_rows(LeastSeconds(), request, view):
         worker = view.pool.workers[row.worker]
         score = LeastSeconds()._decode_score(worker, request, need)

@@ -141,10 +141,10 @@ def test_decode_bounds() -> None:
     decoding(full, 0, 2)
     assert policy.decode_for(ask(), full, NOW) == NOBODY
     crowded = cell("decode")
-    crowded.pool.workers[0].book(7, 7, 3880 - 450)
-    assert policy.decode_for(ask(400, 50), crowded, NOW) == 0
-    assert policy.decode_for(ask(401, 50), crowded, NOW) == NOBODY
-    assert policy.decode_for(ask(401, 40), crowded, NOW) == 0
+    crowded.pool.workers[0].book(7, 7, 3880 - 456)
+    assert policy.decode_for(ask(406, 50), crowded, NOW) == 0
+    assert policy.decode_for(ask(407, 50), crowded, NOW) == NOBODY
+    assert policy.decode_for(ask(407, 40), crowded, NOW) == 0
 
 
 def test_kv_that_waits_on_a_worker_is_not_counted_twice_there() -> None:

@@ -97,11 +97,14 @@ def test_room() -> None:
     limit = int(MEMORY_LIMIT * w.capacity)
     assert w.could_fit(limit)
     assert not w.could_fit(limit + 1)
-    w.book(1, 1, limit - 10)
-    assert w.fits(10)
-    assert not w.fits(11)
+    w.book(1, 1, limit - 50)
+    left = limit - w.booked
+    assert w.booked % w.block_size == 0
+    assert 50 - w.block_size < left <= 50
+    assert w.fits(left)
+    assert not w.fits(left + 1)
     w.book(1, 1, 5)
-    assert w.booked == 5
+    assert w.booked == 2 * w.block_size
     w.full = True
     assert not w.fits(1)
     w.forget(1, 0.0)

@@ -100,7 +100,7 @@ class AtArrival:
 
     def with_room(self, request: Request, view: View) -> list[Worker]:
         """Decode workers with memory for the expected output, and a place in the batch."""
-        expected = request.length + min(request.left, view.expected_output)
+        expected = request.length + request.output_to_come
         most = request.length + request.left
         workers: list[Worker] = []
         for worker in view.pool.decode:

@@ -101,9 +101,7 @@ class Preble(AtArrival):
     def _note(self, request: Request, worker: Worker, cached: int, view: View, now: float) -> None:
         seconds = worker.prefill_s(request.length - cached, cached)
         if self.goes_on(request, worker):  # the answer is this worker's load too
-            seconds += min(request.left, view.expected_output) * worker.decode_s(
-                worker.batch + 1, worker.context + request.length
-            )
+            seconds += request.output_to_come * worker.decode_s(worker.batch + 1, worker.context + request.length)
         self._window.add(Sent(now, worker.name, seconds, request.length, cached))
 
 

@@ -1,0 +1,45 @@
+"""Drained workers live and simulated: the same sequences go on elsewhere at the same times."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tests.parity.simulated import drains, one_at_a_time, simulate
+from tests.parity.test_parity_decisions import compare
+from tests.parity.test_parity_fetch import actions
+from tests.parity.test_parity_live import traffic
+
+from twinpool.sim.settings import Settings
+
+BASE = one_at_a_time(Settings(prefill=2, decode=3, kv_tokens=40_960, block_size=512))
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+def test_a_drained_decode_worker(seed: int) -> None:
+    trace = traffic(100, rate=25.0, seed=seed)
+    when = trace.arrival[50] + 0.0171
+    live, simulated = compare(trace, replace(BASE, failures=drains(("d0", when))))
+    assert {seen.outcome for seen in live.requests} == {"ok"}
+    moved = actions(simulated.log, "SendYield")
+    assert len(moved) >= 2
+    plain = simulate(trace, BASE)
+    assert max(now for now, _ in moved) < when + 1.0
+    assert not actions(plain.log, "SendYield")
+
+
+def test_two_of_three() -> None:
+    trace = traffic(100, rate=25.0, seed=6)
+    live, simulated = compare(
+        trace, replace(BASE, failures=drains(("d2", trace.arrival[40] + 0.0171), ("d0", trace.arrival[60] + 0.0093)))
+    )
+    assert {seen.outcome for seen in live.requests} == {"ok"}
+    assert len(actions(simulated.log, "SendYield")) > 5
+
+
+def test_a_drained_worker_that_does_both() -> None:
+    trace = traffic(100, rate=20.0, seed=2)
+    settings = replace(BASE, prefill=0, decode=0, both=4, failures=drains(("b1", trace.arrival[50] + 0.0171)))
+    live, simulated = compare(trace, settings)
+    assert {seen.outcome for seen in live.requests} == {"ok"}
+    assert actions(simulated.log, "SendYield")
