@@ -126,16 +126,18 @@ class Attempts:
         if request is None:
             return
         worker = state.pool.workers[event.worker]
+        wanted = request.length + (request.path == "local")
         if event.worker == request.prefill:
             # After a fetch it may have found room for the prompt though it had none for the reservation before.
             state.retry(request, now, gone=event.worker if request.fetch is None else NOBODY)
         else:
+            wanted = worker.held[request.attempt]
             worker.forget(request.attempt, now)
             request.decode = NOBODY
             state.unhome(request, now)
             if request.phase == Phase.PLACED:
                 self._start_prefill(request, now)
-        worker.full = True  # until it reports, or something there ends
+        worker.refused(wanted)
 
     def progressed(self, event: ev.Progressed, now: float) -> None:
         """Prompt tokens were computed."""

@@ -325,8 +325,7 @@ class Core:
             return
         if event.running > 0 and event.waiting == 0:
             worker.saw_decode(event.running, event.context, event.step_s)
-        if worker.full and event.free > 0:
-            worker.full = False
+        if worker.reported(event.free):
             self.state.room_changed = True
 
     def _kv_changed(self, event: ev.KvChanged, now: float) -> None:

@@ -27,8 +27,8 @@ class Lengths:
         self._unit = 1.0  # weight of the latest: growing, so that no other has to be touched
         self._counts: dict[int, float] = {}
         self._tokens: dict[int, float] = {}
-        self.count = 0.0  # in units of 1, as the next three are
-        self.tokens = 0.0
+        self.count = 0.0  # sum of weights
+        self.tokens = 0.0  # of all, each by its weight
 
     def add(self, tokens: int) -> None:
         """An answer has ended."""

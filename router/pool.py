@@ -12,12 +12,10 @@ from typing import Final, NamedTuple
 
 from twinpool.cost import ITL_SHARE, Cost
 from twinpool.router.events import WorkerUp
+from twinpool.router.pace import Pace
 from twinpool.router.request import Bound, Request
 
 PROBE_TOKENS: Final = 512  # by which two measurements of one device are compared
-PACE_WEIGHT: Final = 0.1  # of a new observation
-SPREAD_WEIGHT: Final = 0.02
-OUTLIER: Final = 4.0
 ROUNDING: Final = 1e-9  # seconds
 FAR_TOKENS: Final = 16384  # position in a prompt at which the seconds of a token are looked up a second time
 MEMORY_LIMIT: Final = 0.97  # share of a worker's KV tokens that may be booked
@@ -32,35 +30,6 @@ class Commitment:
         self.seconds = seconds
         self.tokens = tokens  # uncached, left to compute
         self.cached = cached
-
-
-class Pace:
-    """How much slower than its cost model a kind of device really is: running geometric means of actual/predicted.
-
-    ``spread``: how far single prompts are off by themselves, the running root mean square of ``pace - 1``.
-    """
-
-    __slots__ = ("_square", "decode", "prefill", "spread")
-
-    def __init__(self) -> None:
-        self.prefill = 1.0
-        self.decode = 1.0
-        self.spread = 0.0
-        self._square = 0.0
-
-    def saw_request(self, pace: float) -> None:
-        """A prompt is computed; in its last steps it took so many times as long as predicted."""
-        if pace != 1.0 or self._square:
-            self._square += SPREAD_WEIGHT * ((pace - 1.0) ** 2 - self._square)
-            self.spread = math.sqrt(self._square)
-
-    @staticmethod
-    def blend(pace: float, actual: float, predicted: float) -> float:
-        """``pace`` with one more step counted in; a single outlier moves it by at most a factor."""
-        if actual <= 0.0 or predicted <= 0.0:
-            return pace
-        ratio = min(OUTLIER, max(1.0 / OUTLIER, actual / predicted))
-        return float(min(OUTLIER, max(1.0 / OUTLIER, pace * (ratio / pace) ** PACE_WEIGHT)))
 
 
 class Beside(NamedTuple):
@@ -79,7 +48,7 @@ class Worker:
         "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity",
         "changes", "chunk_tokens", "context", "cost", "decodes", "device", "draining", "fills", "full", "held", "id",
         "index_tokens", "itl_s", "limit", "link_busy", "max_batch", "name", "noted", "pace", "pending", "prefills",
-        "roles", "since", "slos", "work_s",
+        "roles", "since", "slos", "wanted", "work_s",
     )  # fmt: skip
 
     def __init__(self, up: WorkerUp) -> None:
@@ -99,7 +68,8 @@ class Worker:
         self.max_batch = up.max_batch
         self.draining = False
         self.link_busy = 0.0  # until when KV that was asked for is predicted to be on its link
-        self.full = False  # it said NoRoom: nothing new until it reports
+        self.full = False  # it said NoRoom: nothing new until it reports room, or something there ends
+        self.wanted = 0  # KV tokens that it had no room for then
         self.prefills: dict[int, Commitment] = {}  # attempt -> work, in commit order
         self.work_s = 0.0  # the sum of their seconds
         self.fills: dict[int, Commitment] = {}  # of the batch class: prompts that give way to all others
@@ -295,6 +265,18 @@ class Worker:
             self._beside.clear()
             self._drop_slo(self.itl_s.pop(attempt))
         self.end_prefill(attempt, now)
+        self.full = False
+        return True
+
+    def refused(self, tokens: int) -> None:
+        """It had no room for so many, whatever was booked: sequences outgrow what was predicted."""
+        self.full = True
+        self.wanted = tokens
+
+    def reported(self, free: int) -> bool:
+        """It has ``free`` blocks; whether it has room again."""
+        if not self.full or free * self.block_size < self.wanted:
+            return False
         self.full = False
         return True
 

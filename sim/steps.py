@@ -32,8 +32,8 @@ class Steps:
 
     __slots__ = (
         "_ahead", "_batch", "_busy_s", "_cost", "_end", "_id", "_max_batch", "_memory", "_net", "_predicted",
-        "_report_at", "_seconds", "_single", "_single_s", "_size", "_stalled", "_uneven", "members", "mixed_s",
-        "prefill_s",
+        "_report_at", "_seconds", "_single", "_single_s", "_size", "_stalled", "_uneven", "_wanted", "members",
+        "mixed_s", "prefill_s",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +58,7 @@ class Steps:
         self._uneven = len(net.work) > 0  # prompts take longer or shorter than the cost says
         self._stalled = -math.inf  # nothing is computed until then
         self._report_at = math.inf  # the router waits for news of free blocks
+        self._wanted = 0  # so many; 0: it waits for none
 
     @property
     def decode_s(self) -> float:
@@ -98,6 +99,8 @@ class Steps:
         else:
             self.sync(now, 0)
             self._memory.release(sequence)
+        if self._wanted:
+            self.report_room(self._wanted, now)
 
     def give_up(self, attempt: int, now: float) -> None:
         """A running attempt goes on elsewhere: tokens that were drawn have left, then it is preempted."""
@@ -133,8 +136,9 @@ class Steps:
             if steps < self._ahead:
                 self._wait(steps)
 
-    def report_soon(self, now: float) -> None:
-        """The router was refused room: it is told of free blocks with the next report, as by workers/reporter.py."""
+    def report_room(self, blocks: int, now: float) -> None:
+        """The router was refused room for so many: it hears of the first report (workers/reporter.py) that has them."""
+        self._wanted = blocks
         if self._report_at == math.inf:
             self._report_at = next_news(now, self._memory.phase)
             self._wish()
@@ -201,10 +205,12 @@ class Steps:
     def _report(self, now: float) -> None:
         self.sync(now, self._memory.blocks)
         free = self._memory.available
-        self._net.tell(ev.Reported(self._id, free, 0, 0, 0, 0.0), now)
         self._report_at = math.inf
-        if not free:
-            self.report_soon(now)
+        if free >= self._wanted:
+            self._wanted = 0
+            self._net.tell(ev.Reported(self._id, free, 0, 0, 0, 0.0), now)
+        elif self._ahead:
+            self.report_room(self._wanted, now)  # else nothing here ends by itself
 
     def _finish(self, now: float) -> None:
         batch, members, steps = self._batch, self.members, self._ahead

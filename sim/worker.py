@@ -111,9 +111,9 @@ class SimWorker:
             return 0
         return min(len(sequence.hashes), (sequence.length - 1) // self._unit)
 
-    def _no_room(self, attempt: int, now: float) -> None:
+    def _no_room(self, attempt: int, blocks: int, now: float) -> None:
         self._net.tell(ev.NoRoom(self.id, attempt), now)
-        self._steps.report_soon(now)
+        self._steps.report_room(blocks, now)
 
     def _reserve(self, action: ev.SendReserve, now: float) -> None:
         sequence = Sequence(action.attempt, action.request, action.request.length, HELD)
@@ -121,7 +121,7 @@ class SimWorker:
         tight = self._steps.sync(now, action.blocks)
         units = self._memory.book(sequence.hashes, sequence.reusable, action.blocks)
         if units < 0:
-            self._no_room(action.attempt, now)
+            self._no_room(action.attempt, action.blocks, now)
             return
         sequence.blocks = action.blocks
         sequence.sealed = units
@@ -164,7 +164,7 @@ class SimWorker:
             more = total
             units = self._memory.book(sequence.hashes, reusable, more)
         if units < 0:
-            self._no_room(action.attempt, now)
+            self._no_room(action.attempt, total, now)
             return
         sequence.blocks = more
         sequence.sealed = units

@@ -70,7 +70,9 @@ def test_a_wrong_command_line_exits_2_with_a_sentence(arguments: tuple[str, ...]
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", [("generate", "hi"), ("status",), ("bench",)])
+@pytest.mark.parametrize(
+    "command", [("generate", "hi"), ("status",), ("bench",), ("drain", "d0"), ("role", "d0", "both")]
+)
 def test_nobody_there(command: tuple[str, ...]) -> None:
     result = run(*command, "--address", "127.0.0.1:1")
     assert result.exit_code == 1

@@ -18,7 +18,7 @@ import pytest
 
 ROUTER_PURE = (
     *("core", "attempt", "state", "request", "events", "admission", "fair", "pool", "kv_index", "policy"),
-    *("fetch", "lengths", "move", "record", "story", "witness"),
+    *("fetch", "lengths", "move", "pace", "record", "story", "witness"),
 )
 WORKERS_PURE = ("scheduler", "blocks", "chunks", "eviction", "pace", "sequence")
 EVERYTHING = frozenset(

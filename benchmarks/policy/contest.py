@@ -7,6 +7,7 @@ meet the target go on to a higher one, until one is left. It costs one run, cut 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -19,6 +20,7 @@ TARGET = 0.99
 PROFILE = "h100_sxm/llama-3.1-70b/tp4"
 MOONCAKE, AZURE = "mooncake_conversation.jsonl.gz", "azure_2023_conv.csv.gz"
 HEAD = 0.2  # of a trace: where parameters are chosen
+NEAR = 4  # steps, 2 %: where a capacity is nearly known
 STRIDE = 24  # steps, 12 %: of a race's first climb
 LOWEST = 8  # descents of a race, each of twice the steps of the one before, before nobody has a capacity
 
@@ -90,6 +92,7 @@ class Contest:
     profile: str = PROFILE
     itl_s: float = 0.05
     chosen: dict[str, Parameters] = field(default_factory=dict)  # parameters by policy
+    _searches: dict[tuple[object, ...], Search] = field(default_factory=dict)  # what was run is not run again
 
     def settings(self, entry: Entry, parameters: Parameters, split: int) -> Settings:
         """One cluster."""
@@ -110,7 +113,7 @@ class Contest:
         """The first part of the trace."""
         return 0.0, self.trace.arrival[int(HEAD * len(self.trace))]
 
-    def choose(self, entries: Sequence[Entry]) -> None:
+    def choose(self, entries: Sequence[Entry], start: float) -> None:
         """Each entry's best parameters, on the head of the trace, at two splits."""
         middle = [self.splits[len(self.splits) // 2], self.splits[-1]]
         window = self.head()
@@ -119,38 +122,47 @@ class Contest:
             if len(variants) == 1:
                 self.chosen[entry.policy] = variants[0]
                 continue
-            best = self.race(self.of(entry, variants, middle), window, fine=4)
+            best = self.race(self.of(entry, variants, middle), start, window, fine=4)
             self.chosen[entry.policy] = variants[0] if best is None else best.settings.parameters
 
-    def best(self, entries: Sequence[Entry]) -> Found | None:
+    def best(self, entries: Sequence[Entry], start: float) -> Found | None:
         """The best of these with their chosen parameters, over all splits; None: none has a capacity."""
         field = [each for entry in entries for each in self.of(entry, [self.chosen[entry.policy]], self.splits)]
-        return self.race(field, None)
+        return self.race(field, start)
+
+    def missed_at(self, entry: Entry) -> float:
+        """The lowest speed at which it was seen to miss the target at every split; inf: at one it never did."""
+        fields = self.of(entry, [self.chosen[entry.policy]], self.splits)
+        highs = [self._search(each).high for each in fields]
+        return max(math.inf if high is None else speed_of(high) for high in highs)
 
     def curve(self, entry: Entry) -> list[Found]:
         """Its capacity at each split."""
         field = self.of(entry, [self.chosen[entry.policy]], self.splits)
-        searches = [self._search(each, None, nearest(self.start)) for each in field]
+        searches = [self._search(each) for each in field]
         narrow(self.made, searches, TARGET)
         return [_found(search, 0) for search in searches]
 
     def above(self, field: Sequence[Settings], speed: float) -> list[Found]:
         """Those that meet the target at a speed, with their capacities."""
         level = nearest(speed)
-        met = self._meeting([self._search(each, None, level, jump=4) for each in field], level, None)
+        met = self._meeting([self._search(each) for each in field], level, None)
         narrow(self.made, met, TARGET)
         return [_found(search, 0) for search in met]
 
     def again(self, settings: Settings, start: float) -> Found:
         """The capacity of one, near a speed that is supposed."""
-        search = self._search(settings, None, nearest(start), jump=4)
+        search = self._search(settings)
+        search.start, search.jump = nearest(start), NEAR
         narrow(self.made, [search], TARGET)
         return _found(search, 0)
 
-    def race(self, field: Sequence[Settings], window: Window | None, *, fine: int = 1) -> Found | None:
+    def race(
+        self, field: Sequence[Settings], start: float, window: Window | None = None, *, fine: int = 1
+    ) -> Found | None:
         """The best of a field, to ``fine`` steps; None where nobody has a capacity."""
-        level = nearest(self.start)
-        searches = [self._search(each, window, level) for each in field]
+        level = nearest(start)
+        searches = [self._search(each, window) for each in field]
         alive = self._meeting(searches, level, window)
         for i in range(0 if alive else LOWEST):
             level -= STRIDE << i
@@ -170,9 +182,13 @@ class Contest:
         narrow(self.made, [best], TARGET, fine, window=window)
         return _found(best, len(field) - 1)
 
-    def _search(self, settings: Settings, window: Window | None, start: int, jump: int = 16) -> Search:
-        requests = len(self.trace) if window is None else len(slice_time(self.trace, *window))
-        return Search(settings, allowed_misses(requests, TARGET), start, jump)
+    def _search(self, settings: Settings, window: Window | None = None) -> Search:
+        """The one of these settings."""
+        key = (settings.policy, *settings.parameters.items(), settings.prefill, settings.decode, window)
+        if key not in self._searches:
+            requests = len(self.trace) if window is None else len(slice_time(self.trace, *window))
+            self._searches[key] = Search(settings, allowed_misses(requests, TARGET), nearest(self.start))
+        return self._searches[key]
 
     def _meeting(self, searches: Sequence[Search], k: int, window: Window | None) -> list[Search]:
         """Those that meet the target at ``k``, run where that is not known."""

@@ -21,7 +21,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from contest import COLOCATED, DISAGGREGATED, OURS, PROFILE, Contest, Found
 from machine import describe
-from run import SPLITS, TRAFFIC, WORKERS, Traffic
+from run import RIVALS_START, SPLITS, TRAFFIC, WORKERS, Traffic
 
 from twinpool.sim.replay import FORM
 from twinpool.sim.search import runner
@@ -61,7 +61,8 @@ def row(cell: Cell, args: argparse.Namespace) -> tuple[str, int]:
     with runner(trace, args.processes) as made:
         start = cell.traffic.start * SLOWER.get(cell.model, 1.0)
         contest = Contest(made, trace, WORKERS, args.splits, start, MODELS[cell.model], cell.itl_ms / 1e3)
-        contest.choose((OURS, *DISAGGREGATED, COLOCATED))
+        contest.choose([OURS], start)
+        contest.choose((*DISAGGREGATED, COLOCATED), RIVALS_START * start)
         curve = contest.curve(OURS)
         lost = [better(contest, found) if found.speed else [] for found in curve]
         best = max(curve, key=lambda found: found.speed)

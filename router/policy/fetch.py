@@ -10,8 +10,9 @@ import math
 from typing import Final
 
 from twinpool.router.kv_index import Stair
+from twinpool.router.pace import Pace
 from twinpool.router.policy.base import View
-from twinpool.router.pool import Pace, Worker
+from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
 ROUND_TRIPS: Final = 2.0  # that a fetch takes besides its bytes

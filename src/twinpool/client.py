@@ -13,8 +13,8 @@ iterator early cancels the request. Positions are checked as they come: a stream
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Self, TypeAlias, TypedDict, Unpack, cast
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Self, TypeAlias, TypedDict, TypeVar, Unpack, cast
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
@@ -24,6 +24,7 @@ from twinpool.proto.twinpool.v1 import admin_pb2, admin_pb2_grpc, inference_pb2,
 from twinpool.proto.twinpool.v1.inference_pb2 import Accepted, Finished, GenerateEvent, GenerateRequest, Model, Tokens
 
 Event: TypeAlias = Accepted | Tokens | Finished
+Answer = TypeVar("Answer")
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_MAX_TOKENS = 256
@@ -208,8 +209,19 @@ class AsyncAdminClient:
 
     async def status(self, *, timeout_s: float | None = 10.0) -> admin_pb2.Status:
         """Workers, queue and counters. Raises TwinpoolError."""
+        return await self._said(self._stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s))
+
+    async def drain(self, worker: str, *, timeout_s: float | None = 10.0) -> None:
+        """Nothing new for that worker; it leaves when it has nothing left. Raises TwinpoolError."""
+        await self._said(self._stub.DrainWorker(admin_pb2.DrainWorkerRequest(worker=worker), timeout=timeout_s))
+
+    async def set_role(self, worker: str, roles: list[str], *, timeout_s: float | None = 10.0) -> None:
+        """Put that worker into these pools. Raises TwinpoolError."""
+        await self._said(self._stub.SetRole(admin_pb2.SetRoleRequest(worker=worker, roles=roles), timeout=timeout_s))
+
+    async def _said(self, call: Awaitable[Answer]) -> Answer:
         try:
-            return await self._stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s)
+            return await call
         except grpc.RpcError as error:
             raise to_error(error, self._address) from None
 

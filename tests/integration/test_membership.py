@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +84,12 @@ def _by_signal(cluster: Cluster, name: str) -> None:
     cluster.workers[name].signal(signal.SIGTERM)
 
 
+def _command(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    address = str(cluster.settings["edge.admin"])
+    given = [sys.executable, "-m", "twinpool.cli", *arguments, "--address", address]
+    return subprocess.run(given, capture_output=True, text=True, timeout=50.0, check=False)
+
+
 @pytest.mark.parametrize("drain", [_by_admin, _by_signal])
 def test_a_drained_worker_leaves_and_its_streams_go_on(timed: Cluster, drain: Callable[[Cluster, str], None]) -> None:
     """Live migration: nothing is lost, and the worker need not wait for the last token."""
@@ -101,6 +109,26 @@ def test_a_drained_worker_leaves_and_its_streams_go_on(timed: Cluster, drain: Ca
     assert answer.route.attempts == 1
     assert answer.route.decode_worker != name
     assert f"moved here from {name}" in answer.route.path_reason
+
+
+def test_drain_and_role_as_commands(timed: Cluster) -> None:
+    prompt = new_prompt(100)
+    running = timed.client.start(prompt, max_tokens=300).wait_tokens(5)
+    name = next(worker.worker for worker in timed.client.status().workers if worker.running)
+    done = _command(timed, "drain", name)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == f"{name} has left"
+    assert timed.workers[name].wait() == 0
+    assert_whole(running.result(), prompt, 300)
+    for role in ("decode", "prefill"):
+        moved = _command(timed, "role", "p1", role)
+        assert (moved.returncode, moved.stdout) == (0, f"p1: {role}\n")
+        assert list(timed.client.worker("p1").roles) == [role]  # type: ignore[union-attr]
+    for command in (("drain", "nobody"), ("role", "nobody", "both")):
+        unknown = _command(timed, *command)
+        assert unknown.returncode == 1
+        assert "NO_SUCH_WORKER" in unknown.stderr
+        assert "connected: " in unknown.stderr
 
 
 def test_drained_worker_leaves_although_a_pull_hangs(timed: Cluster) -> None:

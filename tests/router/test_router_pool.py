@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.router.fake_worker import COST, worker_up
 
 from twinpool.cost import StepCost
-from twinpool.router.pool import MEMORY_LIMIT, Pace, Pool, Worker
+from twinpool.router.pace import Pace
+from twinpool.router.pool import MEMORY_LIMIT, Pool, Worker
 
 
 def worker() -> Worker:
@@ -114,11 +115,21 @@ def test_room() -> None:
 def test_a_worker_gone_full_is_asked_again_once_something_ends() -> None:
     w = worker()
     w.book(1, 1, 1)
-    w.full = True
+    w.refused(9)
     assert not w.forget(2, 0.0)
-    assert w.full
+    assert not w.fits(1)
     assert w.forget(1, 0.0)
-    assert not w.full
+    assert w.fits(1)
+
+
+def test_a_worker_gone_full_is_asked_again_once_it_has_what_was_refused() -> None:
+    w = worker()
+    w.refused(2 * w.block_size + 1)
+    assert not w.reported(2)
+    assert w.full
+    assert w.reported(3)
+    assert w.fits(1)
+    assert not w.reported(3)  # that is no news
 
 
 def test_the_tightest_itl() -> None:

@@ -83,6 +83,7 @@ class SteppedWorker:
         self.end = Fraction(0)  # of the step
         self.stalled = Fraction(-1)
         self.report_at = math.inf
+        self.wanted = 0
         self.dead = False
 
     def total(self, totals: WorkerTotals) -> None:
@@ -126,7 +127,7 @@ class SteppedWorker:
         hashes = self.hashes(action.request, action.request.length - 1)
         held = self.scheduler.reserve(action.attempt, hashes, action.blocks, action.request.keep)
         if held is None:
-            self.no_room(action.attempt, now)
+            self.no_room(action.attempt, action.blocks, now)
         else:
             self.tell(ev.Reserved(self.id, action.attempt, held), now)
 
@@ -139,7 +140,7 @@ class SteppedWorker:
             request.keep,
         )  # fmt: skip
         if not self.scheduler.add(sequence, now):
-            self.no_room(action.attempt, now)
+            self.no_room(action.attempt, -(-(request.length + action.decode) // self.size), now)
             return
         if self.net.work:
             self.factors[action.attempt] = self.net.work[request.rid]
@@ -149,8 +150,9 @@ class SteppedWorker:
         if ready is not None:
             self.announce(ready, now)
 
-    def no_room(self, attempt: int, now: float) -> None:
+    def no_room(self, attempt: int, blocks: int, now: float) -> None:
         self.tell(ev.NoRoom(self.id, attempt), now)
+        self.wanted = blocks
         self.report_at = min(self.report_at, slot_after(now, self.id))
 
     def pull(self, action: ev.SendPull, now: float) -> None:
@@ -203,6 +205,8 @@ class SteppedWorker:
     def poke(self, now: float) -> None:
         """Something happened: plan as soon as all messages of this moment are heard."""
         self.note_changes(now)
+        if self.wanted and self.report_at == math.inf:
+            self.report_at = slot_after(now, self.id)
         if self.step is None:
             self.net.wake_at(self.id, now)
         else:
@@ -216,8 +220,11 @@ class SteppedWorker:
         if self.dead:
             return
         if now >= self.report_at:
-            self.tell(ev.Reported(self.id, self.pool.free_blocks, 0, 0, 0, 0.0), now)
-            self.report_at = math.inf if self.pool.free_blocks else slot_after(now, self.id)
+            room = self.pool.free_blocks >= self.wanted
+            self.report_at = math.inf if room or self.step is None else slot_after(now, self.id)
+            if room:
+                self.wanted = 0
+                self.tell(ev.Reported(self.id, self.pool.free_blocks, 0, 0, 0, 0.0), now)
         if self.step is None:
             self.boundary = Fraction(now)
             self.plan(now)

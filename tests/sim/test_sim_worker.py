@@ -124,8 +124,9 @@ def test_scripts_try_everything() -> None:
         fast_wakes += fast.woken
         slow_wakes += Script(shape_of(seed), SteppedWorker).run().woken
     for kind in (ev.Reserved, ev.NoRoom, ev.Progressed, ev.BlocksReady, ev.BlocksVerified, ev.Emitted, ev.Ended,
-                 ev.AttemptLost, ev.Reported):  # fmt: skip
+                 ev.AttemptLost):  # fmt: skip
         assert told[kind.__name__] > 20, kind
+    assert told["Reported"] > 5  # only where there is room again for what was refused
     assert removed > 100
     assert fast_wakes < 0.7 * slow_wakes
 

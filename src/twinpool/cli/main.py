@@ -22,6 +22,7 @@ from twinpool.cli import (  # noqa: F401  # they add their commands to sim's
     sim_search,
     status,
     trace,
+    workers,
 )
 
 app = typer.Typer(
@@ -53,6 +54,8 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
 app.command("status")(status.status)
+app.command("drain")(workers.drain)
+app.command("role")(workers.role)
 app.command("explain")(explain.explain)
 app.add_typer(configs.app, name="config")
 app.add_typer(sim.app, name="sim")
