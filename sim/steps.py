@@ -99,6 +99,10 @@ class Steps:
         else:
             self.sync(now, 0)
             self._memory.release(sequence)
+        self.gave_back(now)
+
+    def gave_back(self, now: float) -> None:
+        """Blocks may be free that were not: the router may wait for them."""
         if self._wanted:
             self.report_room(self._wanted, now)
 
@@ -231,6 +235,8 @@ class Steps:
             else:
                 batch.advance_by(self._seconds, batch.count, batch.felt)
         members.finish(self._seconds, self._predicted, now)
+        if self._wanted:
+            self.gave_back(now)
 
     # --- a plan ----------
 

@@ -233,6 +233,7 @@ class SimWorker:
                 if self._memory.holds(sequence.hashes[sequence.sealed]):
                     self._steps.sync(now, 0)  # what came is of no use, so its blocks are free
                 self._memory.seal(sequence, units)
+                self._steps.gave_back(now)
         self._net.tell(ev.BlocksVerified(self.id, attempt, first, count, nbytes, seconds, "sim"), now)
         if sequence.expects_decode:
             self._start_if_here(sequence, now)
