@@ -263,6 +263,8 @@ class Attempts:
         state.room_changed = True
         if request.path == "local":
             worker.join_decode(request.attempt, request.length, request.itl_s)
+            if (worker.draining or "decode" not in worker.roles) and worker not in state.leaving:
+                state.leaving.append(worker)  # its prompt was under way when the worker left the pool
         elif request.reserved:
             self._go_on(request, now)
         if self._predicted_gap(request) <= request.itl_s or now >= request.deadline:

@@ -194,6 +194,16 @@ def test_nobody_to_go_to() -> None:
     assert request.move is not None
 
 
+def test_a_prompt_that_was_under_way_moves_once_it_decodes() -> None:
+    cell = Cell("local")
+    request = request_of(1, PROMPT, hashes=list(range(FULL)), max_tokens=50)
+    cell.on(ev.Submit(request))
+    assert (request.path, request.decode) == ("local", D)
+    cell.on(worker_up(D2, "decode", blocks=400))
+    assert cell.on(ev.WorkerDraining(D)) == []
+    assert names(cell.on(ev.Emitted(D, 1, 1)))[-2:] == ["SendLend", "SendReserve"]
+
+
 def test_a_role_change_moves_them_too_and_a_change_back_does_not_hurt() -> None:
     cell = Cell()
     request = cell.reach(Phase.DECODING, request_of(1, PROMPT, hashes=list(range(FULL)), max_tokens=50))
