@@ -61,11 +61,10 @@ COLOCATED = Entry("colocated", {"itl_share": (0.9, 1.0), "chunk": (0, 512, 2048)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Who is best, and what it carries; ``beaten``: how many others were run."""
+    """A policy at a split, and what it carries."""
 
     settings: Settings
     speed: float
-    beaten: int = 0
 
     @property
     def split(self) -> str:
@@ -141,21 +140,21 @@ class Contest:
         field = self.of(entry, [self.chosen[entry.policy]], self.splits)
         searches = [self._search(each) for each in field]
         narrow(self.made, searches, TARGET)
-        return [_found(search, 0) for search in searches]
+        return [_found(search) for search in searches]
 
     def above(self, field: Sequence[Settings], speed: float) -> list[Found]:
         """Those that meet the target at a speed, with their capacities."""
         level = nearest(speed)
         met = self._meeting([self._search(each) for each in field], level, None)
         narrow(self.made, met, TARGET)
-        return [_found(search, 0) for search in met]
+        return [_found(search) for search in met]
 
     def again(self, settings: Settings, start: float) -> Found:
         """The capacity of one, near a speed that is supposed."""
         search = self._search(settings)
         search.start, search.jump = nearest(start), NEAR
         narrow(self.made, [search], TARGET)
-        return _found(search, 0)
+        return _found(search)
 
     def race(
         self, field: Sequence[Settings], start: float, window: Window | None = None, *, fine: int = 1
@@ -180,7 +179,7 @@ class Contest:
                 stride //= 2
         best = min(alive, key=lambda search: (-(search.low or 0), search.trials[search.low or 0].misses))
         narrow(self.made, [best], TARGET, fine, window=window)
-        return _found(best, len(field) - 1)
+        return _found(best)
 
     def _search(self, settings: Settings, window: Window | None = None) -> Search:
         """The one of these settings."""
@@ -199,5 +198,5 @@ class Contest:
         return [search for search in searches if search.meets(k)]
 
 
-def _found(search: Search, beaten: int) -> Found:
-    return Found(search.settings, 0.0 if search.low is None else speed_of(search.low), beaten)
+def _found(search: Search) -> Found:
+    return Found(search.settings, 0.0 if search.low is None else speed_of(search.low))
