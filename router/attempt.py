@@ -267,13 +267,16 @@ class Attempts:
                 state.leaving.append(worker)  # its prompt was under way when the worker left the pool
         elif request.reserved:
             self._go_on(request, now)
-        if self._predicted_gap(request) <= request.itl_s or now >= request.deadline:
+        if self._predicted_gap(request, now) <= request.itl_s or now >= request.deadline:
             state.show(request)
         elif not request.shown:
             state.wake_at(request.deadline, request)  # whatever becomes of this attempt
 
-    def _predicted_gap(self, request: Request) -> float:
-        """Seconds until the second token at worst: the last blocks' way, the step that runs by then, and its own."""
+    def _predicted_gap(self, request: Request, now: float) -> float:
+        """Seconds until the second token at worst: the last blocks' way, the step that runs by then, and its own.
+
+        Blocks that were asked for come behind whatever else is on both links.
+        """
         if request.left <= 0 or request.path == "local":
             return 0.0
         if request.decode == NOBODY:
@@ -281,11 +284,14 @@ class Attempts:
         state = self._state
         worker = state.pool.workers[request.decode]
         missing = request.blocks(worker.block_size) - request.held - request.verified
+        way_s = missing * worker.block_bytes / state.bytes_per_s
+        if missing > 0:
+            way_s = max(way_s, worker.link_busy - now, state.pool.workers[request.prefill].link_busy - now)
         step = worker.decode_s(max(1, worker.batch), worker.context)
         if worker.prefills or worker.fills:  # chunks fill its steps
             step = max(step, ITL_SHARE * worker.tightest_itl(request.itl_s))
         steps = 2.0 if worker.batch > 1 or worker.prefills or worker.fills else 1.0
-        return missing * worker.block_bytes / state.bytes_per_s + steps * step
+        return way_s + steps * step
 
     def ended(self, event: ev.Ended, now: float) -> None:
         """The sequence is complete; the worker that says so has freed its part."""

@@ -192,6 +192,30 @@ def test_a_held_first_token_is_shown_while_a_reservation_is_pending() -> None:
     assert ev.Show(1) in actions
 
 
+@pytest.mark.parametrize("busy", [P, D])
+def test_the_first_token_is_held_while_its_last_blocks_wait_for_a_link(busy: int) -> None:
+    cell = Cell()
+    request = request_of(1)
+    cell.on(ev.Submit(request))
+    cell.on(ev.Reserved(D, 1, 0))
+    cell.core.state.pool.workers[busy].carry(0.5, cell.now)  # somebody's long prompt
+    cell.on(ready(1, 0, 3))
+    assert ev.Show(1) not in cell.on(ev.Emitted(P, 1, 1))
+    assert ev.Show(1) not in cell.on(verified(1, 0, 3))
+    assert cell.on(ev.Emitted(D, 1, 1)) == [ev.Show(1)]
+
+
+def test_a_busy_link_delays_nothing_that_is_there_already() -> None:
+    cell = Cell()
+    request = request_of(1)
+    cell.on(ev.Submit(request))
+    cell.on(ev.Reserved(D, 1, 0))
+    cell.on(ready(1, 0, 3))
+    cell.on(verified(1, 0, 3))
+    cell.core.state.pool.workers[D].carry(0.5, cell.now)
+    assert ev.Show(1) in cell.on(ev.Emitted(P, 1, 1))
+
+
 def test_no_room_at_the_decode_worker_takes_another_one() -> None:
     cell = Cell()
     cell.on(worker_up(D2, "decode"))
