@@ -67,9 +67,9 @@ TRAFFIC = (
     Traffic("Mooncake conversation, spread", mooncake(True), 2.5, True, (1.4, 1.2)),
     Traffic("Mooncake conversation, as it is", mooncake(False), 2.5, False, (1.7, 1.2)),
     Traffic("Azure conversation", lambda folder, seed: read_trace(folder / AZURE)[0], 12.0, False),
-    Traffic("generated code", made_up("code", 500.0, 12_000), 1.0, True),
-    Traffic("generated agentic", made_up("agentic", 300.0, 9000), 1.0, True),
-    Traffic("generated mixed", made_up("mixed", 30.0, 6000), 1.0, True),
+    Traffic("generated code", made_up("code", 400.0, 20_000), 1.0, True),
+    Traffic("generated agentic", made_up("agentic", 45.0, 8000), 1.0, True),
+    Traffic("generated mixed", made_up("mixed", 90.0, 12_000), 1.0, True),
 )
 ASKED_LARGER = 1.25
 
@@ -99,20 +99,29 @@ def _ratio(pairs: list[tuple[float, float]]) -> float:
     return geometric_mean([a / b if b else math.inf for a, b in pairs])
 
 
+def say(what: str) -> None:
+    """Where it is, for whoever waits."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
 def contested(traffic: Traffic, args: argparse.Namespace) -> Outcome:
     """One traffic; every seed at the splits and parameters that were best with the first."""
     trace = traffic.make(args.traces, 0)
     with runner(trace, args.processes) as made:
         contest = Contest(made, trace, WORKERS, SPLITS, traffic.start)
         lower = RIVALS_START * traffic.start
+        say(f"{traffic.name}: choosing parameters on the first fifth")
         contest.choose([OURS], traffic.start)
         contest.choose((*DISAGGREGATED, COLOCATED), lower)
+        say(f"{traffic.name}: ours at every split")
         curve = contest.curve(OURS)
+        say(f"{traffic.name}: {len(DISAGGREGATED)} baselines at every split")
         best, colocated = contest.best(DISAGGREGATED, lower), contest.best([COLOCATED], lower)
         missed = {each.policy: contest.missed_at(each) for each in DISAGGREGATED}
     outcome = Outcome(traffic, curve, best, missed, colocated)
     outcome.repeats.append((outcome.ours.speed, best.speed if best else 0.0, colocated.speed if colocated else 0.0))
     for seed in range(1, args.seeds if traffic.seeded else 1):
+        say(f"{traffic.name}: seed {seed}")
         outcome.repeats.append(_repeated(outcome, traffic.make(args.traces, seed), args))
     return outcome
 
