@@ -1,6 +1,6 @@
 """Who carries most: policies, their parameters and splits against each other on one traffic, by capacity.
 
-A *capacity* is the largest speed-up at which ``TARGET`` of the offered requests meet both SLOs, on a grid of 0.5 %
+A *capacity* is the largest speed-up at which ``TARGET`` of the offered requests meet both SLOs, to 1 %
 (``twinpool.sim.search``). A *race* finds the best of many without a search for each: all run at one speed, those that
 meet the target go on to a higher one, until one is left. It costs one run, cut short, for whoever is far behind.
 """
@@ -20,9 +20,11 @@ TARGET = 0.99
 PROFILE = "h100_sxm/llama-3.1-70b/tp4"
 MOONCAKE, AZURE = "mooncake_conversation.jsonl.gz", "azure_2023_conv.csv.gz"
 HEAD = 0.2  # of a trace: where parameters are chosen
+FINE = 2  # steps of 0.5 %: as near as capacities are found
 NEAR = 4  # steps, 2 %: where a capacity is nearly known
 STRIDE = 24  # steps, 12 %: of a race's first climb
-LOWEST = 8  # descents of a race, each of twice the steps of the one before, before nobody has a capacity
+LOWEST = 3  # descents of a race, each of twice the steps of the one before, to 0.43 of where it began: then nobody has won
+COARSE = 12  # steps, 6 %: as near as parameters are chosen
 
 Window = tuple[float, float]
 Parameters = dict[str, float | str]
@@ -113,16 +115,23 @@ class Contest:
         return 0.0, self.trace.arrival[int(HEAD * len(self.trace))]
 
     def choose(self, entries: Sequence[Entry], start: float) -> None:
-        """Each entry's best parameters, on the head of the trace, at two splits."""
+        """Each entry's best parameters, on the head of the trace, at two splits.
+
+        Where a race has no winner they are those with the fewest misses at its lowest speed.
+        """
         middle = [self.splits[len(self.splits) // 2], self.splits[-1]]
-        window = self.head()
         for entry in entries:
             variants = entry.variants()
-            if len(variants) == 1:
-                self.chosen[entry.policy] = variants[0]
-                continue
-            best = self.race(self.of(entry, variants, middle), start, window, fine=4)
-            self.chosen[entry.policy] = variants[0] if best is None else best.settings.parameters
+            self.chosen[entry.policy] = variants[0]
+            if len(variants) > 1:
+                field = self.of(entry, variants, middle)
+                best = self.race(field, start, self.head(), fine=COARSE)
+                self.chosen[entry.policy] = self._least_missed(field) if best is None else best.settings.parameters
+
+    def _least_missed(self, field: Sequence[Settings]) -> Parameters:
+        """Of a race on the head of the trace that nobody won."""
+        searches = [self._search(each, self.head()) for each in field]
+        return min(searches, key=lambda search: search.trials[min(search.trials)].depth()).settings.parameters
 
     def best(self, entries: Sequence[Entry], start: float) -> Found | None:
         """The best of these with their chosen parameters, over all splits; None: none has a capacity."""
@@ -139,25 +148,26 @@ class Contest:
         """Its capacity at each split."""
         field = self.of(entry, [self.chosen[entry.policy]], self.splits)
         searches = [self._search(each) for each in field]
-        narrow(self.made, searches, TARGET)
+        narrow(self.made, searches, TARGET, FINE)
         return [_found(search) for search in searches]
 
     def above(self, field: Sequence[Settings], speed: float) -> list[Found]:
         """Those that meet the target at a speed, with their capacities."""
         level = nearest(speed)
         met = self._meeting([self._search(each) for each in field], level, None)
-        narrow(self.made, met, TARGET)
+        narrow(self.made, met, TARGET, FINE)
         return [_found(search) for search in met]
 
-    def again(self, settings: Settings, start: float) -> Found:
-        """The capacity of one, near a speed that is supposed."""
-        search = self._search(settings)
-        search.start, search.jump = nearest(start), NEAR
-        narrow(self.made, [search], TARGET)
-        return _found(search)
+    def again(self, supposed: Sequence[Found]) -> list[Found]:
+        """Capacities of the same settings on this traffic, near those that are supposed."""
+        searches = [self._search(each.settings) for each in supposed]
+        for search, each in zip(searches, supposed, strict=True):
+            search.start, search.jump = nearest(each.speed), NEAR
+        narrow(self.made, searches, TARGET, FINE)
+        return [_found(search) for search in searches]
 
     def race(
-        self, field: Sequence[Settings], start: float, window: Window | None = None, *, fine: int = 1
+        self, field: Sequence[Settings], start: float, window: Window | None = None, *, fine: int = FINE
     ) -> Found | None:
         """The best of a field, to ``fine`` steps; None where nobody has a capacity."""
         level = nearest(start)

@@ -67,9 +67,9 @@ TRAFFIC = (
     Traffic("Mooncake conversation, spread", mooncake(True), 2.5, True, (1.4, 1.2)),
     Traffic("Mooncake conversation, as it is", mooncake(False), 2.5, False, (1.7, 1.2)),
     Traffic("Azure conversation", lambda folder, seed: read_trace(folder / AZURE)[0], 12.0, False),
-    Traffic("generated code", made_up("code", 400.0, 20_000), 1.0, True),
-    Traffic("generated agentic", made_up("agentic", 45.0, 8000), 1.0, True),
-    Traffic("generated mixed", made_up("mixed", 90.0, 12_000), 1.0, True),
+    Traffic("generated code", made_up("code", 400.0, 15_000), 1.0, True),
+    Traffic("generated agentic", made_up("agentic", 45.0, 5000), 1.0, True),
+    Traffic("generated mixed", made_up("mixed", 90.0, 8000), 1.0, True),
 )
 ASKED_LARGER = 1.25
 
@@ -130,8 +130,9 @@ def _repeated(outcome: Outcome, trace: Trace, args: argparse.Namespace) -> tuple
     with runner(trace, args.processes) as made:
         contest = Contest(made, trace, WORKERS, SPLITS, outcome.traffic.start)
         found = (outcome.ours, outcome.best, outcome.colocated)
-        speeds = [contest.again(each.settings, each.speed).speed if each else 0.0 for each in found]
-    return speeds[0], speeds[1], speeds[2]
+        speeds = iter([each.speed for each in contest.again([each for each in found if each])])
+    ours, best, colocated = (next(speeds) if each else 0.0 for each in found)
+    return ours, best, colocated
 
 
 def lines_of(outcome: Outcome) -> Iterator[str]:
