@@ -19,7 +19,8 @@ Starts of sessions, all with the same mean rate:
   between them (exponential, mean 30 s): a two-state Markov-modulated process.
 
 The traffic is already going on when the trace begins: sessions start WARMUP_LIVES mean lives (turns x think) before it,
-and what arrives before 0 is cut off. ``rate`` counts requests; it is that of a server which takes no time, and in the
+and what arrives before 0 is cut off. Servers whose caches are empty then have everybody's whole prompts to compute at
+once; with ``ramp`` nobody is there at 0, and load and caches grow together. ``rate`` counts requests; it is that of a server which takes no time, and in the
 long run that of any server which keeps up.
 
 Where the numbers come from: the lengths published with the traces of Azure (2023: conversation, input mean 1,155 p50
@@ -150,6 +151,7 @@ def generate(
     bursts: str = "poisson",
     cv: float = 2.0,
     block_tokens: int = BLOCK_TOKENS,
+    ramp: bool = False,
 ) -> Trace:
     """A trace of ``requests`` requests, or of ``seconds`` seconds (either, or both: what ends first).
 
@@ -161,8 +163,9 @@ def generate(
     rng = random.Random(seed)
     session_rate = rate * sum(share / KINDS[name].turns for name, share in shares.items())
     starts = {"poisson": _gamma(1.0), "gamma": _gamma(cv), "onoff": _on_off}[bursts](rng, session_rate)
-    warmup = WARMUP_LIVES * max(KINDS[name].turns * KINDS[name].think.mean for name in shares)
-    starts = (start - warmup for start in starts)
+    if not ramp:
+        warmup = WARMUP_LIVES * max(KINDS[name].turns * KINDS[name].think.mean for name in shares)
+        starts = (start - warmup for start in starts)
     turns = _in_order(_Source(rng, shares, block_tokens), starts, math.inf if seconds is None else seconds)
     trace = _columns(kind, turns, block_tokens, MOST_REQUESTS if requests is None else requests)
     if not len(trace):

@@ -102,6 +102,17 @@ def session_starts(how: str) -> list[float]:
     return [when for when, before in zip(trace.arrival, trace.after, strict=True) if before < 0 and when > 120]
 
 
+def test_a_ramp_begins_with_nobody() -> None:
+    trace = generate("agentic", requests=2000, rate=10.0, seed=3, ramp=True)
+    assert trace.after is not None
+    begins = [i for i, before in enumerate(trace.after) if before < 0]
+    shared = {tuple(trace.block_hashes(i)[:7]) for i in begins}
+    assert len(shared) <= KINDS["agentic"].prefixes  # these are first turns, not what is left of longer sessions
+    tenth = trace.arrival[-1] / 10
+    early, late = (sum(1 for when in trace.arrival if start <= when < start + tenth) for start in (0.0, 8 * tenth))
+    assert early < 0.75 * late
+
+
 def test_bursts() -> None:
     found = {how: bursts(session_starts(how)) for how in BURSTS}
     assert found["poisson"].gap_cv == pytest.approx(1.0, abs=0.1)

@@ -100,6 +100,7 @@ def generate(
     block_tokens: Annotated[
         int, typer.Option(help="Prompt tokens that one hash id stands for.")
     ] = traffic.BLOCK_TOKENS,
+    ramp: Annotated[bool, typer.Option("--ramp", help="Nobody is there at 0: load grows with the sessions.")] = False,
     seed: Seed = 0,
     form: Form = "twinpool",
     json_file: JsonFile = None,
@@ -117,6 +118,7 @@ def generate(
                 bursts=bursts,
                 cv=cv,
                 block_tokens=block_tokens,
+                ramp=ramp,
             )
         _deliver(trace, target, form, [], json_file)
 
