@@ -263,7 +263,7 @@ class Attempts:
         state.room_changed = True
         if request.path == "local":
             worker.join_decode(request.attempt, request.length, request.itl_s)
-            if (worker.draining or "decode" not in worker.roles) and worker not in state.leaving:
+            if (worker.draining or worker.leaves_decode) and worker not in state.leaving:
                 state.leaving.append(worker)  # its prompt was under way when the worker left the pool
         elif request.reserved:
             self._go_on(request, now)

@@ -288,6 +288,7 @@ class Core:
 
     def _roles_set(self, event: ev.RolesSet, now: float) -> None:
         worker = self.state.pool.workers[event.worker]
+        worker.leaves_decode = "decode" not in event.roles and (worker.leaves_decode or "decode" in worker.roles)
         worker.roles = event.roles
         self._placed_anew(worker, now)
 
@@ -301,7 +302,7 @@ class Core:
     def _roles_changed(self, now: float) -> None:
         pool = self.state.pool
         pool.sort()
-        self.state.leaving = [w for w in pool.workers.values() if w.decodes and w not in pool.decode]
+        self.state.leaving = [w for w in pool.workers.values() if w.decodes and (w.draining or w.leaves_decode)]
         for role in self._short_since:
             if pool.has(role):
                 self._short_since[role] = math.inf

@@ -47,8 +47,8 @@ class Worker:
     __slots__ = (
         "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity",
         "changes", "chunk_tokens", "context", "cost", "decodes", "device", "draining", "fills", "full", "held", "id",
-        "index_tokens", "itl_s", "limit", "link_busy", "max_batch", "name", "noted", "pace", "pending", "prefills",
-        "roles", "since", "slos", "wanted", "work_s",
+        "index_tokens", "itl_s", "leaves_decode", "limit", "link_busy", "max_batch", "name", "noted", "pace", "pending",
+        "prefills", "roles", "since", "slos", "wanted", "work_s",
     )  # fmt: skip
 
     def __init__(self, up: WorkerUp) -> None:
@@ -67,6 +67,7 @@ class Worker:
         self.chunk_tokens = up.chunk_tokens
         self.max_batch = up.max_batch
         self.draining = False
+        self.leaves_decode = False  # it is no decode worker any more: sequences that it has go on elsewhere
         self.link_busy = 0.0  # until when KV that was asked for is predicted to be on its link
         self.full = False  # it said NoRoom: nothing new until it reports room, or something there ends
         self.wanted = 0  # KV tokens that it had no room for then

@@ -58,18 +58,20 @@ def mooncake(spread: bool) -> Make:
     return lambda folder, seed: read_trace(folder / MOONCAKE, spread_seed=seed if spread else None)[0]
 
 
-def made_up(kind: str, rate: float, requests: int) -> Make:
-    """Generated; ``rate`` is about what the cluster can do."""
-    return lambda folder, seed: generate(kind, requests=requests, rate=rate, seed=seed)
+def made_up(kind: str, rate: float, requests: int, block_tokens: int = 64) -> Make:
+    """Generated, growing from nobody; ``rate`` is about what the cluster can do."""
+    return lambda folder, seed: generate(
+        kind, requests=requests, rate=rate, seed=seed, block_tokens=block_tokens, ramp=True
+    )
 
 
 TRAFFIC = (
     Traffic("Mooncake conversation, spread", mooncake(True), 2.5, True, (1.4, 1.2)),
     Traffic("Mooncake conversation, as it is", mooncake(False), 2.5, False, (1.7, 1.2)),
     Traffic("Azure conversation", lambda folder, seed: read_trace(folder / AZURE)[0], 12.0, False),
-    Traffic("generated code", made_up("code", 400.0, 15_000), 1.0, True),
-    Traffic("generated agentic", made_up("agentic", 45.0, 5000), 1.0, True),
-    Traffic("generated mixed", made_up("mixed", 90.0, 8000), 1.0, True),
+    Traffic("generated code", made_up("code", 500.0, 20_000), 1.0, True),
+    Traffic("generated agentic", made_up("agentic", 40.0, 9000, 512), 1.0, True),
+    Traffic("generated mixed", made_up("mixed", 90.0, 10_000, 256), 1.0, True),
 )
 ASKED_LARGER = 1.25
 

@@ -89,7 +89,8 @@ class LeastSeconds:
             local, free = self._best_local(request, stairs, outlook, view, now)
             somebody = somebody or free
         if local is not None and self._prefer_local(request, split, local, outlook.least, now):
-            return self._local(local, split, now)
+            other = "no other worker has room" if split is None else f"split {1000 * (split.finish - now):.0f} ms"
+            return self._local(local, other, now)
         placement = None if split is None else self._split(request, split, view, now)
         if placement is not None or not somebody:
             return placement
@@ -292,8 +293,7 @@ class LeastSeconds:
         return now + LOCAL_MARGIN * (local.finish - now) <= request.deadline
 
     @staticmethod
-    def _local(local: Candidate, split: Candidate | None, now: float) -> Placement:
-        other = "no other worker has room" if split is None else f"split {1000 * (split.finish - now):.0f} ms"
+    def _local(local: Candidate, other: str, now: float) -> Placement:
         reason = f"local: first token in {1000 * (local.finish - now):.0f} ms, {other}"
         return Placement(local.worker, local.worker, "local", reason, *local[2:7])
 
@@ -302,16 +302,25 @@ class LeastSeconds:
         if request.left > 1 and not view.unhomed:  # nobody passes KV that waits: long prompts would starve
             decode = self.decode_for(request, view, now)
         if decode == split.worker:
-            return self._local(split, None, now)
+            return self._local(split, "the least loaded to decode, too", now)
         reason = f"split: first token in {1000 * (split.finish - now):.0f} ms"
         if split.fetched:
             source = view.pool.workers[split.source].name
             reason += f", {split.fetched} tokens from {source} in {1000 * split.fetch_s:.0f} ms"
         if request.left > 1 and decode == NOBODY:
+            if self.paths == "auto" and self._decodes_at_home(request, view.pool.workers[split.worker]):
+                return self._local(split, "no decode worker has room", now)
             if not self._may_wait(request, view, now):
                 return None
             reason += ", no decode worker has room yet: KV waits"
         return Placement(split.worker, decode, "split", reason, *split[2:7])
+
+    def _decodes_at_home(self, request: Request, worker: Worker) -> bool:
+        """Whether the worker that computes the prompt can go on with it: its next prompts take longer, but none waits.
+
+        So a pool that is too large for its work takes over some of the other's, whatever the split was set to.
+        """
+        return self._decode_score(worker, request, request.length + request.output_to_come) <= 1.0
 
     @staticmethod
     def _may_wait(request: Request, view: View, now: float) -> bool:

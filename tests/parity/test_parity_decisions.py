@@ -68,8 +68,8 @@ def test_workers_that_do_both() -> None:
 def test_memory_that_is_too_small_for_all(seed: int) -> None:
     """Sequences outgrow what was predicted of them, and some are preempted."""
     trace = traffic(100, rate=12.0, seed=seed)
-    longer = replace(trace, output=array("q", [4 * tokens for tokens in trace.output]))
-    live, _ = compare(longer, replace(BASE, kv_tokens=10 * 512))
+    longer = replace(trace, output=array("q", [8 * tokens for tokens in trace.output]))
+    live, _ = compare(longer, replace(BASE, kv_tokens=8 * 512))
     assert max(seen.attempts for seen in live.requests) > 1, "nobody was preempted"
 
 

@@ -110,8 +110,8 @@ def test_why_nothing_is_decoded_at_a_worker() -> None:
 # --- why it waits, in words ----------
 
 
-def sentence(view: View, request: Request) -> str:
-    policy = LeastSeconds(fetch="off")
+def sentence(view: View, request: Request, paths: str = "auto") -> str:
+    policy = LeastSeconds(paths, fetch="off")
     answer = policy.on_room(request, view, NOW)
     assert not isinstance(answer, Placement)
     return why_waits(policy, request, prompt_rows(policy, request, view, NOW), answer)
@@ -129,7 +129,7 @@ def test_waiting_in_words() -> None:
     crowded = cell("prefill", "decode")
     crowded.pool.workers[0].book(7, 7, 1999)
     crowded.pool.workers[1].full = True
-    assert "too much KV waits" in sentence(crowded, ask())
+    assert "too much KV waits" in sentence(crowded, ask(), "split")
     assert why_waits(LeastSeconds(), ask(), [], Refusal("no", 1.0)) == "no"
 
 
@@ -190,7 +190,8 @@ def check_placement(answer: Placement, rows: list[PromptRow], view: View, reques
 def check_wait(answer: Passed | None, rows: list[PromptRow], view: View, request: Request) -> None:
     """No candidate, or one that a rule about busy workers, deadlines or waiting KV kept back."""
     able = [row for row in rows if not row.why_not]
-    soonest = min([row.first_s for row in rows if row.why_not.startswith("busy")], default=math.inf)
+    never = ("", ex.DRAINS, ex.TOO_SMALL, ex.NO_DECODER)  # any other prefill worker will have room some time
+    soonest = min([row.first_s for row in rows if row.path == "split" and row.why_not not in never], default=math.inf)
     later = [row for row in able if row.slack_s < SAME_S or soonest < row.first_s + SAME_S]
     nowhere = all(row.why_not for row in decode_rows(LeastSeconds(), request, view))
     assert nowhere or not able or (later == able and answer is not None)
@@ -204,9 +205,22 @@ def test_kv_that_waits_goes_first() -> None:
     view.unhomed = {2: other}
     assert decoders(view, request)[1].why_not == ex.IN_LINE
     assert decoders(view, other)[1].why_not == "", "it is the one that waits"
-    answer = LeastSeconds().on_room(request, view, NOW)
+    answer = LeastSeconds("split").on_room(request, view, NOW)
     assert isinstance(answer, Placement)
     assert answer.decode == NOBODY
+
+
+def test_where_no_decode_worker_has_room_it_decodes_where_it_is_computed() -> None:
+    view, request = cell("prefill", "prefill", "decode"), ask()
+    view.pool.workers[2].full = True
+    busy(view, 0, 0.5)
+    answer = LeastSeconds().on_room(request, view, NOW)
+    assert isinstance(answer, Placement)
+    assert (answer.prefill, answer.decode, answer.path) == (1, 1, "local")
+    assert answer.reason.endswith("no decode worker has room")
+    view.pool.workers[1].book(7, 7, 3700)  # nor has that one, for the answer
+    answer = LeastSeconds().on_room(request, view, NOW)
+    assert not isinstance(answer, Placement) or answer.decode == NOBODY
 
 
 @given(cells())
