@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from tests.kernels.conftest import Run
 
-ALIGNED = ("pool", "packed", "q", "kv", "partial", "out", "q_stride", "q_head_stride", "block_stride", "value_stride")
-ALIGNED += ("head_stride", "token_stride")
+STRIDES = ("q_stride", "q_head_stride", "block_stride", "value_stride", "head_stride", "token_stride")
+ALIGNED = ("pool", "packed", "q", "kv", "partial", "out", *STRIDES)
 MOVE = dict.fromkeys(("pool", "packed", "blocks", "sums"), "*i64")
-STRIDES = dict.fromkeys((*ALIGNED[6:], "table_stride"), "i32")
-ATTEND = {"q": "*bf16", "kv": "*bf16", "tables": "*i32", "contexts": "*i32", **STRIDES, "scale": "fp32"}
-DECODE = ATTEND | {"partial": "*fp32", "sums": "*fp32", "splits": "i32", "split_tokens": "i32"}
+ATTEND = {"q": "*bf16", "kv": "*bf16", "tables": "*i32", "contexts": "*i32", "scale": "fp32"}
+DECODE = ATTEND | {"partial": "*fp32", "sums": "*fp32"}
 PREFILL = ATTEND | {"starts": "*i32", "out": "*bf16"}
 SIZES = {"BLOCK_SIZE": 16, "DIM": 128, "PAD": 128, "TILE": 64, "GROUP": 4}
 
