@@ -15,6 +15,8 @@ MOVE = dict.fromkeys(("pool", "packed", "blocks", "sums"), "*i64")
 ATTEND = {"q": "*bf16", "kv": "*bf16", "tables": "*i32", "contexts": "*i32", "scale": "fp32"}
 DECODE = ATTEND | {"partial": "*fp32", "sums": "*fp32"}
 PREFILL = ATTEND | {"starts": "*i32", "out": "*bf16"}
+pytestmark = pytest.mark.timeout(300)  # ends what hangs; a busy machine may take its time to compile
+
 SIZES = {"BLOCK_SIZE": 16, "DIM": 128, "PAD": 128, "TILE": 64, "GROUP": 4}
 
 
