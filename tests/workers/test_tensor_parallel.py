@@ -80,7 +80,8 @@ class Ranks:
             self._starters.submit(engine.step, rows if rank == 0 else silent)
             for rank, engine in enumerate(self.engines)
         ]
-        return [future.result() for future in running][0]
+        results = [future.result() for future in running]
+        return results[0]
 
     def close(self) -> None:
         for engine in self.engines:

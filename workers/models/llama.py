@@ -131,7 +131,7 @@ class Llama:
         return x
 
     def _plus(self, linear: Linear, part: Tensor, x: Tensor) -> Tensor:
-        """``x`` plus the product of ``part``; of several ranks, the sum of their products, to which the first adds x."""
+        """``x`` plus the product of ``part``; of several ranks, the sum of their products, and the first adds x."""
         group = self._group
         if group is None:
             return linear.plus(part, x)

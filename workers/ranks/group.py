@@ -10,22 +10,25 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 from torch import Tensor
 
 STEP_S = 120.0  # a rank that does not take part in an all-reduce for so long hangs
+MEET_S = 60.0
 
 
 class ProcessGroup:
-    """Implements :class:`twinpool.workers.models.llama.RankGroup`; made by all ranks at once, each waits for the others.
+    """Implements :class:`twinpool.workers.models.llama.RankGroup`. All ranks make theirs at once.
 
-    Raises RuntimeError when they do not come within ``STEP_S``.
+    Raises RuntimeError when they do not meet within ``MEET_S``.
     """
 
     def __init__(self, file: Path, rank: int, ranks: int, device: str) -> None:
         """``file``: the same new path for all ranks, in a folder that nobody else can write to."""
         self.rank = rank
-        self._store = dist.FileStore(str(file), ranks)  # kept: the group knows only its C++ half
+        self._store = c10d.FileStore(str(file), ranks)  # kept: the group knows only its C++ half
+        self._store.set_timeout(timedelta(seconds=MEET_S))
         self._group = _nccl(self._store, rank, ranks) if device.startswith("cuda") else _gloo(self._store, rank, ranks)
 
     def all_reduce(self, part: Tensor) -> None:
@@ -33,7 +36,7 @@ class ProcessGroup:
         self._group.allreduce([part]).wait()
 
 
-def _gloo(store: dist.Store, rank: int, ranks: int) -> Any:
+def _gloo(store: c10d.Store, rank: int, ranks: int) -> Any:
     gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack half of it
     options = gloo._Options()
     options._timeout = timedelta(seconds=STEP_S)
@@ -42,7 +45,7 @@ def _gloo(store: dist.Store, rank: int, ranks: int) -> Any:
     return gloo(store, rank, ranks, options)
 
 
-def _nccl(store: dist.Store, rank: int, ranks: int) -> Any:
+def _nccl(store: c10d.Store, rank: int, ranks: int) -> Any:
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options._timeout = timedelta(seconds=STEP_S)
