@@ -29,6 +29,7 @@ from twinpool.workers.transfer.folder import PrivateFolder
 
 SUM_S = 30.0  # longest wait for checksums: a rank that takes longer hangs
 END_S = 5.0  # for a rank to end by itself
+CAUSE_S = 2.0  # a rank that ends breaks the steps of all others: it is heard of within so long, and named
 _MODULE = "twinpool.workers.ranks.main"
 
 Answer = messages.FromRank
@@ -106,6 +107,7 @@ class Crew:
         self._folder = PrivateFolder(None)
         self.meeting = self._folder.path / "ranks"
         self._why: TwinpoolError | None = None
+        self._is_lost = threading.Event()
         self._closing = False
         self._ids = count()
         self._lock = threading.Lock()
@@ -156,7 +158,7 @@ class Crew:
 
     def out_of_step(self, why: str) -> None:
         """See ``OtherRanks``."""
-        self._lose(RankLost(f"the ranks of this worker are out of step, because a step failed: {why}"))
+        self._lose_unless_known(RankLost(f"the ranks of this worker are out of step, because a step failed: {why}"))
 
     def checksums(self, blocks: Sequence[int], ranks: Sequence[int]) -> list[list[int]]:
         """Sums of the heads that ``ranks`` hold of each block; waits for them. Raises RankLost."""
@@ -235,7 +237,7 @@ class Crew:
     def _hear(self, rank: int, message: Answer) -> None:
         if isinstance(message, messages.Broken):
             kind = ConfigError if message.config else RankLost
-            self._lose(kind(f"rank {rank} of this worker: {message.message}"))
+            self._lose_unless_known(kind(f"rank {rank} of this worker: {message.message}"))
         elif isinstance(message, messages.Sums | messages.Fetched | messages.NotFetched):
             with self._lock:
                 future = self._answers.pop(message.id, None)
@@ -247,10 +249,15 @@ class Crew:
     def _gone(self, rank: int, how: str) -> None:
         self._lose(RankLost(f"rank {rank} of this worker {how}; the worker ends with it"))
 
+    def _lose_unless_known(self, why: TwinpoolError) -> None:
+        if not self._is_lost.wait(CAUSE_S):
+            self._lose(why)
+
     def _lose(self, why: TwinpoolError) -> None:
         with self._lock:
             if self._why is None:
                 self._why = why
+            self._is_lost.set()
             waiting, self._answers = self._answers, {}
         for future in waiting.values():
             future.set_exception(self._why)
