@@ -6,7 +6,6 @@ compared as they are, where one request runs alone.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +70,7 @@ def test_two_ranks_on_either_side(
 @pytest.mark.parametrize("decode", [1, 2, 4])
 def test_every_pair_of_ranks(tmp_path: Path, one_process: OneProcess, prefill: int, decode: int) -> None:
     with Cluster(tmp_path, ranked(prefill, decode)) as cluster:
-        backend = "shm"
-        check_words(cluster, one_process, backend, CASES)
+        check_words(cluster, one_process, "shm", CASES)
 
 
 @pytest.mark.full
@@ -83,9 +81,11 @@ def test_four_ranks_to_two_by_every_other_backend(tmp_path: Path, one_process: O
         check_words(cluster, one_process, backend, CASES)
 
 
-def ranks_of(cluster: Cluster, name: str) -> list[psutil.Process]:
-    """The other ranks of a worker."""
-    return psutil.Process(cluster.client.worker(name).pid).children()
+def first_rank(cluster: Cluster, name: str) -> psutil.Process:
+    """The process of a worker; its children are the other ranks."""
+    worker = cluster.client.worker(name)
+    assert worker is not None
+    return psutil.Process(worker.pid)
 
 
 @pytest.mark.full
@@ -93,13 +93,14 @@ def ranks_of(cluster: Cluster, name: str) -> list[psutil.Process]:
 def test_a_dead_rank_ends_its_worker_and_a_dead_worker_its_ranks(tmp_path: Path) -> None:
     case = Case("long", SHORT[2].prompt, {"ignore_eos": True, "max_tokens": 400, "temperature": 0.0})
     with Cluster(tmp_path, ranked(3, 2)) as cluster:
-        prefill, decode = ranks_of(cluster, "p0"), ranks_of(cluster, "d0")
+        first = first_rank(cluster, "p0")
+        prefill, decode = first.children(), first_rank(cluster, "d0").children()
         assert (len(prefill), len(decode)) == (2, 1)
         stream = cluster.client.start(case.prompt, sampling=case.sampling, timeout=WATCHDOG_S)
         stream.wait_tokens(3)
         decode[0].send_signal(signal.SIGKILL)
         assert cluster.workers["d0"].wait(60.0) != 0
         assert "rank 1 of this worker was killed by signal 9" in cluster.workers["d0"].text()
-        os.kill(cluster.client.worker("p0").pid, signal.SIGKILL)
+        first.send_signal(signal.SIGKILL)
         until(lambda: not any(rank.is_running() for rank in prefill), "no rank without its worker", 60.0)
         stream.cancel()
