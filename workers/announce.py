@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Protocol
 
 from twinpool.blockhash import token_bytes
@@ -14,21 +15,20 @@ from twinpool.workers.scheduler import Scheduler
 class Sums(Protocol):
     """Checksums of pool blocks."""
 
-    def checksum(self, block: int) -> int:
-        """64-bit sum of one block's bytes."""
+    def checksums(self, blocks: Sequence[int]) -> list[int]:
+        """64-bit sum of each block's bytes."""
         ...
 
 
 def blocks_ready(attempt: int, first: int, blocks: list[int], pool: BlockPool, sums: Sums) -> frames.BlocksReady:
     """Announces ``blocks``, of which the last may be partly filled. Sums of those that are final are kept."""
-    column = array("Q")
-    for block in blocks:
-        value = pool.sums[block]
-        if value is None:
-            value = sums.checksum(block)
-            if pool.sealed(block):  # else tokens may still be added to it
-                pool.sums[block] = value
-        column.append(value)
+    known = {block: value for block in blocks if (value := pool.sums[block]) is not None}
+    unknown = [block for block in blocks if block not in known]
+    for block, value in zip(unknown, sums.checksums(unknown) if unknown else (), strict=True):
+        known[block] = value
+        if pool.sealed(block):  # else tokens may still be added to it
+            pool.sums[block] = value
+    column = array("Q", [known[block] for block in blocks])
     places = token_bytes(array("I", blocks))
     return frames.BlocksReady(attempt=attempt, first=first, blocks=places, sums=column.tobytes())
 

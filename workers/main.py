@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import time
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -15,17 +16,15 @@ from twinpool.config import ClusterConfig
 from twinpool.proto import frames
 from twinpool.tokenizer import load_tokenizer
 from twinpool.workers.blocks import BlockPool
-from twinpool.workers.build import Machine, build
+from twinpool.workers.build import Machine, Place, build
 from twinpool.workers.link import RouterLink, connect
 from twinpool.workers.scheduler import Scheduler
 from twinpool.workers.step_log import StepLog, WorkerLine
-from twinpool.workers.transfer.service import KVService, TransferConfig
 from twinpool.workers.worker import Parts, Worker
 
 log = logging.getLogger("twinpool.worker")
 
 ROLES = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}
-BACKENDS = {"cpu": ("shm", "tcp", "gloo"), "cuda": ("nccl", "tcp")}
 
 
 async def serve(config: ClusterConfig, *, role: str, name: str, join: str, token: str, stop: asyncio.Event) -> None:
@@ -34,36 +33,25 @@ async def serve(config: ClusterConfig, *, role: str, name: str, join: str, token
     Raises ConfigError for anything the operator must mend: model, memory, addresses, or a router that refuses us.
     """
     tokenizer = load_tokenizer(None if config.model.path is None else str(config.model.path))
-    machine = await build(config, tokenizer)
     epoch = time.time_ns()
-    transfer = KVService(machine.pool, _transfer_config(config), name, epoch)
+    machine = await build(config, tokenizer, Place(role, name, epoch))
     step_log: StepLog | None = None
     try:
-        await transfer.start()
-        blocks = machine.pool.blocks
-        books = BlockPool(blocks, machine.engine.info.block_size, config.worker.eviction)
+        await machine.transfer.start()
+        books = BlockPool(machine.blocks, machine.engine.info.block_size, config.worker.eviction)
         scheduler = Scheduler(books, machine.cost, config.worker.chunk_tokens, config.worker.max_batch)
-        hello = _hello(config, machine, transfer, role, name, token, epoch)
-        parts = Parts(machine.engine, scheduler, machine.pool, transfer, tokenizer)
+        hello = _hello(config, machine, role, name, token, epoch)
+        parts = Parts(machine.engine, scheduler, machine.sums, machine.transfer, tokenizer)
         step_log = _step_log(config, hello)
-        await _live(parts, hello, join, stop, step_log)
+        lost = None if machine.crew is None else machine.crew.lost
+        await _live(parts, hello, join, stop, step_log, lost)
     finally:
         if step_log is not None:
             step_log.close()
-        await transfer.close()
-        machine.engine.close()
+        await machine.close()
 
 
-def _transfer_config(config: ClusterConfig) -> TransferConfig:
-    device = config.worker.device.partition(":")[0]
-    wanted = config.transfer.backend
-    backends = BACKENDS[device] if wanted == "auto" else (wanted,)
-    return TransferConfig(backends=backends, listen=config.transfer.listen)
-
-
-def _hello(
-    config: ClusterConfig, machine: Machine, transfer: KVService, role: str, name: str, token: str, epoch: int
-) -> frames.Hello:
+def _hello(config: ClusterConfig, machine: Machine, role: str, name: str, token: str, epoch: int) -> frames.Hello:
     info = machine.engine.info
     return frames.Hello(
         version=frames.VERSION,
@@ -82,13 +70,13 @@ def _hello(
             max_context=min(info.max_context, frames.MAX_CONTEXT),
             eos_ids=info.eos_ids,
         ),
-        blocks=machine.pool.blocks,
-        device=_device_name(config),
+        blocks=machine.blocks,
+        device=_device_name(config, config.pools.ranks(role)),
         cost=machine.cost,
         chunk_tokens=config.worker.chunk_tokens,
         max_batch=config.worker.max_batch,
-        kv_addresses=transfer.addresses,
-        kv_secret=transfer.secret,
+        kv_addresses=machine.transfer.addresses,
+        kv_secret=machine.transfer.secret,
         pid=os.getpid(),
     )
 
@@ -103,13 +91,14 @@ def _step_log(config: ClusterConfig, hello: frames.Hello) -> StepLog | None:
     return StepLog(path, line)
 
 
-def _device_name(config: ClusterConfig) -> str:
-    """Model of the GPU or CPU, with the threads that compute; "emulated" where nothing does."""
+def _device_name(config: ClusterConfig, ranks: int) -> str:
+    """Model of the GPU or CPU, with the threads that compute, and how often; "emulated" where nothing does."""
     if config.worker.engine == "emulated":
         return "emulated"
+    times = f"{ranks} x " if ranks > 1 else ""
     if config.worker.device.startswith("cuda"):
-        return torch.cuda.get_device_name(config.worker.device)
-    return f"{platform.machine()} CPU, {config.worker.threads} thread(s)"
+        return times + torch.cuda.get_device_name(config.worker.device)
+    return f"{times}{platform.machine()} CPU, {config.worker.threads} thread(s)"
 
 
 class _Wire:
@@ -131,13 +120,21 @@ class _Wire:
 
 
 async def _live(
-    parts: Parts, hello: frames.Hello, join: str, stop: asyncio.Event, step_log: StepLog | None = None
+    parts: Parts,
+    hello: frames.Hello,
+    join: str,
+    stop: asyncio.Event,
+    step_log: StepLog | None = None,
+    lost: asyncio.Future[NoReturn] | None = None,
 ) -> None:
-    """Dial, serve, dial again when the router is gone; on ``stop``, or drained by the router, leave in good order."""
+    """Dial, serve, dial again when the router is gone; on ``stop``, or drained by the router, leave in good order.
+
+    Raises what ended the steps, or what ``lost`` says of another rank.
+    """
     wire = _Wire()
     worker = Worker(parts, wire.send, wire.flush)
     worker.step_log = step_log
-    steps = asyncio.create_task(worker.run(), name="steps")
+    steps = asyncio.create_task(_steps(worker, lost), name="steps")
     stopping = asyncio.create_task(stop.wait(), name="stop")
     drained = asyncio.create_task(worker.drained.wait(), name="drained")
     try:
@@ -162,6 +159,19 @@ async def _live(
         for task in (steps, stopping, drained):
             task.cancel()
         await asyncio.gather(steps, stopping, drained, return_exceptions=True)
+
+
+async def _steps(worker: Worker, lost: asyncio.Future[NoReturn] | None) -> None:
+    """Compute until cancelled. Raises what ended that, first of all what is ``lost``."""
+    running = asyncio.create_task(worker.run())
+    try:
+        await asyncio.wait((running,) if lost is None else (lost, running), return_when=asyncio.FIRST_COMPLETED)
+        if lost is not None and lost.done():
+            lost.result()
+        running.result()
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def _leave(worker: Worker, wire: _Wire, link: RouterLink, steps: asyncio.Task[None]) -> None:

@@ -170,8 +170,11 @@ class Worker:
         owner = self._scheduler.holding(attempt) or self._scheduler.sequence(attempt)
         table = owner.table if owner is not None else []
         known = self._scheduler.pool.sums
-        for index, block in enumerate(table):
-            if known[block] is not None and known[block] != self._parts.sums.checksum(block):
+        summed = [index for index, block in enumerate(table) if known[block] is not None]
+        found = self._parts.sums.checksums([table[index] for index in summed]) if summed else []
+        for index, value in zip(summed, found, strict=True):
+            block = table[index]
+            if known[block] != value:
                 log.error("KV block %d changed in memory: it and what follows it leave the cache", block)
                 self._scheduler.pool.unseal(table[index:])
                 return

@@ -82,9 +82,12 @@ class WorkerConfig(Section):
 
 
 class PoolConfig(Section):
-    """One pool; ``workers`` processes are started by ``twinpool up``."""
+    """One pool; ``workers`` are started by ``twinpool up``."""
 
-    workers: int = Field(1, ge=0, le=512, description="processes that `twinpool up` starts")
+    workers: int = Field(1, ge=0, le=512, description="workers that `twinpool up` starts")
+    tensor_parallel: int = Field(
+        1, ge=1, le=32, description="ranks of one worker: each a process with its share of heads and MLP, on GPUs a GPU"
+    )
 
 
 class PoolsConfig(Section):
@@ -93,6 +96,16 @@ class PoolsConfig(Section):
     prefill: PoolConfig = PoolConfig()
     decode: PoolConfig = PoolConfig()
     both: PoolConfig = PoolConfig(workers=0)
+
+    def ranks(self, role: str) -> int:
+        """Ranks of a worker that starts as ``prefill``, ``decode`` or ``both``."""
+        pool: PoolConfig = getattr(self, role)
+        return pool.tensor_parallel
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether any worker has several ranks: then all name, sum and move KV blocks by heads."""
+        return any(pool.tensor_parallel > 1 for pool in (self.prefill, self.decode, self.both))
 
 
 class ClassConfig(Section):
@@ -200,6 +213,12 @@ class ClusterConfig(Section):
     edge: EdgeConfig = EdgeConfig()
     up: UpConfig = UpConfig()
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of all processes, on stderr")
+
+    @model_validator(mode="after")
+    def _ranks_compute(self) -> Self:
+        if self.pools.by_heads and self.worker.engine == "emulated":
+            raise ValueError("tensor_parallel needs worker.engine torch; an emulated profile stands for all ranks")
+        return self
 
     @model_validator(mode="after")
     def _vllm_class_exists(self) -> Self:

@@ -89,10 +89,10 @@ class Gullible(Welcomer):
     """Welcomes whoever comes."""
 
     def welcome(self, channel: Channel, fd: int | None) -> Hello:
-        channel.recv(56)
+        channel.recv(60)
         channel.send(bytes(33))
         channel.recv(32)
-        channel.send(struct.pack("<B32sQQ8s", 0, b"?" * 32, 4, 4096, b"xxh3-64"))
+        channel.send(struct.pack("<B32sQQ8sHH", 0, b"?" * 32, 4, 4096, b"xxh3-64", 0, 0))
         return Hello("tcp", 7)
 
 

@@ -22,7 +22,7 @@ from twinpool.workers.engine.calibrate import calibrate
 from twinpool.workers.models.attention import KvLayout, PagedKv, Span, attention_order
 from twinpool.workers.models.attention import kv_layout as layout_of
 from twinpool.workers.models.config import DTypeName, LlamaConfig
-from twinpool.workers.models.llama import Llama
+from twinpool.workers.models.llama import Llama, RankGroup
 from twinpool.workers.models.loader import LoadedModel
 
 _DTYPES: dict[DTypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,23 +41,49 @@ def kv_layout(config: LlamaConfig, dtype: DTypeName, block_size: int) -> KvLayou
     return layout_of(config, _DTYPES[dtype], block_size)
 
 
-class TorchEngine:
-    """Implements :class:`twinpool.workers.engine.base.Engine`."""
+class OtherRanks(Protocol):
+    """The ranks that compute every step beside the first one (workers/ranks/crew.py)."""
 
-    def __init__(self, model: LoadedModel, pool: Tensor, block_size: int, threads: int, sampler: LogitsSampler) -> None:
+    def step(self, rows: Sequence[Row]) -> None:
+        """Have them begin the same step. Raises EngineError when one is gone."""
+        ...
+
+    def out_of_step(self, why: str) -> None:
+        """The step that they were told of failed here: nothing can be computed together any more."""
+        ...
+
+
+class TorchEngine:
+    """Implements :class:`twinpool.workers.engine.base.Engine`.
+
+    As one rank of a ``group`` it has that rank's share of the model, and ``info`` tells of that share; the first rank
+    announces each step to the ``others``.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        pool: Tensor,
+        block_size: int,
+        threads: int,
+        sampler: LogitsSampler,
+        group: RankGroup | None = None,
+        others: OtherRanks | None = None,
+    ) -> None:
         """Arrange the weights (about a second for 135M parameters) for ``pool`` uint8 [blocks, block_bytes].
 
         ``pool`` is borrowed, on the device of the weights; ``threads`` is torch's own number of threads a step.
         Raises ValueError where the pool does not fit :func:`kv_layout`.
         """
         config = model.config
+        self._group, self._others = group, others
         self._kv = PagedKv(pool, config, _DTYPES[model.dtype], block_size)
         self._device = pool.device
         self._sampler = sampler
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="twinpool-engine", initializer=torch.set_num_threads, initargs=(threads,)
         )
-        self._model: Llama | None = self._thread.submit(_build, config, model.weights).result()
+        self._model: Llama | None = self._thread.submit(_build, config, model.weights, group).result()
         self.info = ModelInfo(
             name=model.name,
             fingerprint=model.fingerprint,
@@ -79,7 +105,9 @@ class TorchEngine:
         blocks, size = self._kv.blocks, self.info.block_size
         limit = self.info.max_context
         # On a CPU the thread's own time: other processes that start on the same cores would distort the elapsed one.
-        clock = time.thread_time if self._device.type == "cpu" else time.perf_counter
+        # It has no part in waiting for other ranks, which belongs to a step of several.
+        alone_on_cpu = self._device.type == "cpu" and self._group is None
+        clock = time.thread_time if alone_on_cpu else time.perf_counter
         return await asyncio.get_running_loop().run_in_executor(
             self._thread, calibrate, self.step, clock, blocks, size, limit, self.info.vocab_size
         )
@@ -96,9 +124,13 @@ class TorchEngine:
         if not rows:
             return []
         self._check(rows)
+        if self._others is not None:
+            self._others.step(rows)
         try:
             return self._compute(self._model, rows)
         except (RuntimeError, IndexError, ValueError, MemoryError) as error:
+            if self._others is not None:
+                self._others.out_of_step(str(error))
             raise EngineError(f"a step of {len(rows)} rows failed: {error}") from error
 
     def _check(self, rows: Sequence[Row]) -> None:
@@ -142,5 +174,5 @@ class TorchEngine:
 
 
 @torch.inference_mode()
-def _build(config: LlamaConfig, weights: dict[str, Tensor]) -> Llama:
-    return Llama(config, weights)
+def _build(config: LlamaConfig, weights: dict[str, Tensor], group: RankGroup | None) -> Llama:
+    return Llama(config, weights, group)

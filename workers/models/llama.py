@@ -4,11 +4,14 @@ All tokens of a step, of whichever sequence, are rows of one matrix; only attent
 Rotary embedding: the rows of the q and k weights are reordered once so that the two halves of a rotary pair are
 adjacent; rotating is then one complex product in place, and attention, a sum over pairs, does not change.
 On CPUs everything between the matrix products is float32, whatever the dtype of weights and KV.
+With tensor parallelism ``config`` and ``weights`` are one rank's share (tensor_parallel.py), and the products that end
+attention and MLP are summed over the ranks; hidden states are then equal everywhere.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +40,16 @@ class RmsNorm:
         return torch.mul(x, scale).mul_(self._weight)
 
 
+class RankGroup(Protocol):
+    """The ranks that compute a model together, as one of them sees them (workers/ranks/group.py)."""
+
+    rank: int
+
+    def all_reduce(self, part: Tensor) -> None:
+        """Replace ``part`` by its sum over all ranks, equal at all of them. Raises RuntimeError when one is gone."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     attention_norm: RmsNorm
@@ -53,15 +66,21 @@ class _Layer:
 class Llama:
     """Weights arranged for one device. Immutable after construction; does not keep the ``weights`` it was made from."""
 
-    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor]) -> None:
-        """``weights`` by their Hugging Face names, complete (loader.py checks), all on one device."""
+    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor], group: RankGroup | None = None) -> None:
+        """``weights`` by their Hugging Face names, complete (loader.py checks), all on one device.
+
+        Of the ranks of a ``group`` only the first has a head: the others compute no logits.
+        """
         self.config = config
+        self._group = group
         self._embedding = weights["model.embed_tokens.weight"].clone()  # not to keep the whole weights file mapped
         self._device = self._embedding.device
         self._act = torch.float32 if self._device.type == "cpu" else self._embedding.dtype
         self._layers = [self._layer(weights, f"model.layers.{index}.") for index in range(config.layers)]
         self._norm = RmsNorm(weights["model.norm.weight"], config.eps, self._act)
-        self._head = make_linear(self._embedding if config.tied_head else weights["lm_head.weight"])
+        has_head = group is None or group.rank == 0
+        head = self._embedding if config.tied_head else weights["lm_head.weight"]
+        self._head = make_linear(head) if has_head else None
         self._frequencies = torch.tensor(config.rope_frequencies(), dtype=torch.float32, device=self._device)
 
     def _layer(self, weights: dict[str, Tensor], prefix: str) -> _Layer:
@@ -106,10 +125,19 @@ class Llama:
         rotation = torch.polar(torch.ones_like(turns), turns).unsqueeze(1)
         for index, layer in enumerate(self._layers):
             q, new_kv = self._qkv(layer, layer.attention_norm(x), rotation)
-            x = layer.output.plus(kv.attend(plan, index, q, new_kv), x)
+            x = self._plus(layer.output, kv.attend(plan, index, q, new_kv), x)
             hidden = layer.mlp_norm(x)
-            x = layer.down.plus(layer.up.times(hidden, layer.gate.silu(hidden)), x)
+            x = self._plus(layer.down, layer.up.times(hidden, layer.gate.silu(hidden)), x)
         return x
+
+    def _plus(self, linear: Linear, part: Tensor, x: Tensor) -> Tensor:
+        """``x`` plus the product of ``part``; of several ranks, the sum of their products, and the first adds x."""
+        group = self._group
+        if group is None:
+            return linear.plus(part, x)
+        total = linear.plus(part, x) if group.rank == 0 else linear(part)
+        group.all_reduce(total)
+        return total
 
     def _qkv(self, layer: _Layer, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """q ``[tokens, heads, dim]`` and kv ``[tokens, 2, kv_heads, dim]``, normed if need be, and rotated."""
@@ -123,7 +151,8 @@ class Llama:
         return qkv[:, : config.heads], qkv[:, config.heads :].view(x.shape[0], 2, config.kv_heads, config.head_dim)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits ``[rows, vocabulary]`` of hidden states ``[rows, hidden]``."""
+        """Float32 logits ``[rows, vocabulary]`` of hidden states ``[rows, hidden]``; only where there is a head."""
+        assert self._head is not None, "only the first rank is asked for logits"
         return self._head(self._norm(hidden)).float()
 
 

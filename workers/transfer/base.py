@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+WHOLE = (0, 0)
+
 
 class Peer(NamedTuple):
     """Who holds the blocks: a worker's one incarnation and the ways to reach its pool."""
@@ -21,6 +23,7 @@ class Peer(NamedTuple):
     epoch: int
     secret: bytes  # proves to the peer that the router sent us
     addresses: dict[str, str]  # backend name -> address, e.g. {"shm": "/run/.../kv.sock", "tcp": "127.0.0.1:40123"}
+    heads: tuple[int, int] = WHOLE  # first and end of the KV heads that are wanted of it; WHOLE: blocks as they are
 
 
 class Pulled(NamedTuple):
@@ -30,6 +33,7 @@ class Pulled(NamedTuple):
     bytes: int
     seconds: float
     bad: tuple[int, ...]  # offsets into ``source`` of blocks whose checksum differs; empty: all verified
+    found: tuple[int, ...] = ()  # the checksums of what arrived
 
 
 class BlockPool(Protocol):

@@ -24,13 +24,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from twinpool.errors import TransferError
+from twinpool.workers.transfer.base import WHOLE
 
 STALL_S = 5.0  # no byte for so long: the peer hangs
 
-_MAGIC = b"tpkv\x00\x00\x00\x01"
-_HELLO = struct.Struct("<8s8sQ32s")
+_MAGIC = b"tpkv\x00\x00\x00\x02"
+_HELLO = struct.Struct("<8s8sQHH32s")
 _ANSWER = struct.Struct("<B32s")
-_WELCOME = struct.Struct("<B32sQQ8s")
+_WELCOME = struct.Struct("<B32sQQ8sHH")
+_PROOF = 33  # bytes of status and proof, before the shape
 _NONCE = 32
 
 OK, BAD_HELLO, BAD_SECRET, BAD_EPOCH, BAD_BACKEND = range(5)
@@ -76,6 +78,7 @@ class Geometry(NamedTuple):
     blocks: int
     block_bytes: int
     sum_kind: str
+    held: tuple[int, int] = WHOLE  # first and end of the KV heads in it; WHOLE: it is not split by heads
 
 
 class Hello(NamedTuple):
@@ -83,6 +86,7 @@ class Hello(NamedTuple):
 
     backend: str
     epoch: int
+    heads: tuple[int, int] = WHOLE  # the only ones it wants of each block
 
 
 class Channel:
@@ -174,22 +178,23 @@ def greet(channel: Channel, hello: Hello, secret: bytes) -> tuple[Geometry, list
 
     Raises ``TransferError``, also when the peer does not prove that it knows the secret.
     """
-    opening = _HELLO.pack(_MAGIC, hello.backend.encode(), hello.epoch, secrets.token_bytes(_NONCE))
+    nonce = secrets.token_bytes(_NONCE)
+    opening = _HELLO.pack(_MAGIC, hello.backend.encode(), hello.epoch, *hello.heads, nonce)
     channel.send(opening)
     status, nonce = _ANSWER.unpack(channel.recv(_ANSWER.size))
     _accept_status(status)
     channel.send(_prove(secret, b"receiver", opening, nonce))
     data, fds = _recv_with_fds(channel, _WELCOME.size)
     try:
-        status, proof, blocks, block_bytes, kind = _WELCOME.unpack(data)
+        status, proof, blocks, block_bytes, kind, *held = _WELCOME.unpack(data)
         _accept_status(status)
-        if not hmac.compare_digest(proof, _prove(secret, b"holder", opening, nonce, data[33:])):
+        if not hmac.compare_digest(proof, _prove(secret, b"holder", opening, nonce, data[_PROOF:])):
             raise TransferError("the KV peer does not know its own secret: somebody else answers there")
     except TransferError:
         close_fds(fds)
         raise
     channel.session = _prove(secret, b"session", opening, nonce)
-    return Geometry(blocks, block_bytes, kind.rstrip(b"\x00").decode("ascii", "replace")), fds
+    return Geometry(blocks, block_bytes, kind.rstrip(b"\x00").decode("ascii", "replace"), (held[0], held[1])), fds
 
 
 class Welcomer:
@@ -198,7 +203,7 @@ class Welcomer:
     def __init__(self, secret: bytes, epoch: int, geometry: Geometry, backends: Sequence[str]) -> None:
         self._secret = secret
         self._epoch = epoch
-        self._shape = _WELCOME.pack(0, b"", *geometry[:2], geometry.sum_kind.encode())[33:]
+        self._shape = _WELCOME.pack(0, b"", *geometry[:2], geometry.sum_kind.encode(), *geometry.held)[_PROOF:]
         self._backends = frozenset(backends)
 
     def welcome(self, channel: Channel, fd: int | None) -> Hello:
@@ -207,15 +212,15 @@ class Welcomer:
         Raises ``TransferError`` for whoever is not to be served; the connection is then to be closed.
         """
         opening = channel.recv(_HELLO.size)
-        magic, name, epoch, _ = _HELLO.unpack(opening)
-        hello = Hello(name.rstrip(b"\x00").decode("ascii", "replace"), epoch)
+        magic, name, epoch, first, end, _ = _HELLO.unpack(opening)
+        hello = Hello(name.rstrip(b"\x00").decode("ascii", "replace"), epoch, (first, end))
         nonce = secrets.token_bytes(_NONCE)
         status = self._judge(magic, hello)
         channel.send(_ANSWER.pack(status, nonce))
         _accept_status(status)
         proof = channel.recv(_NONCE)
         if not hmac.compare_digest(proof, _prove(self._secret, b"receiver", opening, nonce)):
-            channel.send(_WELCOME.pack(BAD_SECRET, b"", 0, 0, b""))
+            channel.send(_WELCOME.pack(BAD_SECRET, b"", 0, 0, b"", *WHOLE))
             raise TransferError("a KV peer came with a wrong secret")
         reply = _prove(self._secret, b"holder", opening, nonce, self._shape)
         _send_with_fd(channel, bytes([OK]) + reply + self._shape, fd if hello.backend == "shm" else None)

@@ -187,7 +187,7 @@ class CollectiveSource:
         offset = 0
         for tag, part in enumerate(slots(order.target, size)):
             self._group.recv(self._slot, len(part) * size, tag, self.channel)
-            packed = self._slot[: len(part) * size].view(len(part), size)
+            packed = self._slot[: len(part) * size].view(len(part), *order.pool.data.shape[1:])
             order.pool.data.index_copy_(0, torch.tensor(part, device=packed.device), packed)
             order.verify(offset, part)
             offset += len(part)
@@ -207,7 +207,7 @@ def serve_collective(channel: Channel, pool: KvPool, backend: str) -> None:
             channel.deadline = time.monotonic() + SERVE_S
             for tag, part in enumerate(slots(receive_request(channel, pool.blocks), pool.block_bytes)):
                 packed = slot[: len(part) * pool.block_bytes]
-                rows = packed.view(len(part), pool.block_bytes)
+                rows = packed.view(len(part), *pool.data.shape[1:])
                 torch.index_select(pool.data, 0, torch.tensor(part, device=packed.device), out=rows)
                 group.send(packed, tag, channel)
     finally:

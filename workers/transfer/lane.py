@@ -16,6 +16,7 @@ from twinpool.errors import TransferError
 from twinpool.workers.transfer.base import Peer, Pulled
 from twinpool.workers.transfer.channel import Channel, Geometry, Halt, Hello, close_fds, greet, tune
 from twinpool.workers.transfer.collective import CollectiveSource
+from twinpool.workers.transfer.heads import HeadPool
 from twinpool.workers.transfer.order import Order, Source
 from twinpool.workers.transfer.pool import KvPool
 from twinpool.workers.transfer.server import same_user
@@ -113,7 +114,7 @@ class Lane:
         start = time.monotonic()
         source.fetch(order)
         size = len(order.source) * self._pool.block_bytes
-        return Pulled(self._backend, size, time.monotonic() - start, tuple(sorted(order.bad)))
+        return Pulled(self._backend, size, time.monotonic() - start, order.bad, tuple(order.found))
 
     def _connected(self, peer: Peer, deadline: float) -> Source:
         """The channel if it still leads to this incarnation of the peer, else a new one by the first that works."""
@@ -138,8 +139,8 @@ class Lane:
     def _connect(self, peer: Peer, backend: str, deadline: float) -> Source:
         channel = dial(backend, peer.addresses[backend], self._halt, deadline)
         try:
-            geometry, fds = greet(channel, Hello(backend, peer.epoch), peer.secret)
-            own = Geometry(geometry.blocks, self._pool.block_bytes, self._pool.sum_kind)
+            geometry, fds = greet(channel, Hello(backend, peer.epoch, peer.heads), peer.secret)
+            own = _expected(self._pool, geometry)
             if geometry != own:
                 close_fds(fds)
                 raise TransferError(f"the peer's KV blocks are {geometry[1:]}, ours {own[1:]}", reason="REFUSED")
@@ -152,6 +153,16 @@ class Lane:
         if self._source is not None:
             self._source.close()
             self._source = self._peer = None
+
+
+def _expected(pool: KvPool, theirs: Geometry) -> Geometry:
+    """What ``theirs`` must be for their blocks, or our heads of them, to fit into ours."""
+    if not isinstance(pool, HeadPool):
+        return Geometry(theirs.blocks, pool.block_bytes, pool.sum_kind)
+    held = range(*theirs.held)
+    if not (held and held.start <= pool.heads.start and pool.heads.stop <= held.stop):
+        held = pool.heads
+    return Geometry(theirs.blocks, pool.layout.block_bytes(len(held)), pool.sum_kind, (held.start, held.stop))
 
 
 def dial(backend: str, address: str, halt: Halt, deadline: float) -> Channel:

@@ -13,21 +13,22 @@ from twinpool.workers.transfer.runs import Run, coalesce
 
 
 class Order:
-    """Which blocks to bring where by when; collects those that do not verify.
+    """Which blocks to bring where by when, and the checksums of what arrived.
 
+    ``sums`` is None where the caller verifies: it has only parts of the blocks here.
     Raises ValueError for lists of different lengths and for targets that are not in our pool: a fault of the caller.
     """
 
     def __init__(
-        self, pool: KvPool, source: Sequence[int], target: Sequence[int], sums: Sequence[int], timeout_s: float
+        self, pool: KvPool, source: Sequence[int], target: Sequence[int], sums: Sequence[int] | None, timeout_s: float
     ) -> None:
-        if not len(source) == len(target) == len(sums):
-            raise ValueError(f"{len(source)} source blocks, {len(target)} targets and {len(sums)} checksums")
+        if not len(source) == len(target) == len(source if sums is None else sums):
+            raise ValueError(f"{len(source)} source blocks, {len(target)} targets and {len(sums or ())} checksums")
         if any(not 0 <= block < pool.blocks for block in target):
             raise ValueError(f"a target is not one of the {pool.blocks} blocks of this pool")
         self.pool, self.source, self.target, self.sums = pool, source, target, sums
         self.deadline = time.monotonic() + timeout_s
-        self.bad: list[int] = []  # offsets into source, in any order
+        self.found = [0] * len(source)  # checksums, by offset into source
         self.abandoned = False  # set by another thread: nobody wants the result
 
     def runs(self, longest_bytes: int) -> list[Run]:
@@ -45,13 +46,18 @@ class Order:
             raise TransferError(f"a KV block outside the peer's {blocks} was asked for", reason="BAD_BLOCK")
 
     def verify(self, offset: int, blocks: Sequence[int]) -> None:
-        """Compare blocks that have just arrived (best while they are in the cache) with their checksums.
+        """Sum blocks that have just arrived (best while they are in the cache).
 
         ``blocks`` is ``target[offset : offset + len(blocks)]``.
         """
-        for i, found in enumerate(self.pool.checksums(blocks), offset):
-            if found != self.sums[i]:
-                self.bad.append(i)
+        self.found[offset : offset + len(blocks)] = self.pool.checksums(blocks)
+
+    @property
+    def bad(self) -> tuple[int, ...]:
+        """Offsets into ``source`` of blocks whose checksum differs."""
+        if self.sums is None:
+            return ()
+        return tuple(i for i, (found, said) in enumerate(zip(self.found, self.sums, strict=True)) if found != said)
 
 
 class Source(Protocol):

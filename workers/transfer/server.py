@@ -12,8 +12,10 @@ from collections.abc import Callable
 from functools import partial
 
 from twinpool.errors import TransferError
-from twinpool.workers.transfer.channel import Channel, Halt, Welcomer, tune
+from twinpool.workers.transfer.base import WHOLE
+from twinpool.workers.transfer.channel import Channel, Halt, Hello, Welcomer, tune
 from twinpool.workers.transfer.collective import serve_collective
+from twinpool.workers.transfer.heads import HeadPool
 from twinpool.workers.transfer.pool import KvPool
 from twinpool.workers.transfer.shm import serve_shm
 from twinpool.workers.transfer.tcp import serve_tcp
@@ -93,7 +95,7 @@ class KvServer:
             tune(sock)
             channel = Channel(sock, self._halt, time.monotonic() + HANDSHAKE_S)
             hello = self._welcomer.welcome(channel, self._fd)
-            SERVE[hello.backend](channel, self._pool)
+            SERVE[hello.backend](channel, _part(self._pool, hello))
         except TransferError as error:
             if not self._halt.stopped:
                 _log.info("KV connection closed: %s", error)
@@ -101,6 +103,15 @@ class KvServer:
             _log.exception("KV connection closed")
         finally:
             self._room.release()
+
+
+def _part(pool: KvPool, hello: Hello) -> KvPool:
+    """What of the pool the receiver wants. Raises ``TransferError`` for heads that are not here."""
+    if hello.heads == WHOLE:
+        return pool
+    if not isinstance(pool, HeadPool) or not pool.has(range(*hello.heads)):
+        raise TransferError(f"a KV peer wants heads {hello.heads}, which are not here", reason="REFUSED")
+    return pool.part(range(*hello.heads))
 
 
 def same_user(sock: socket.socket) -> bool:

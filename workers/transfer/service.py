@@ -10,15 +10,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from twinpool.config import ClusterConfig
 from twinpool.errors import ConfigError, TransferError
-from twinpool.workers.transfer.base import Peer, Pulled
+from twinpool.workers.transfer.base import WHOLE, Peer, Pulled
 from twinpool.workers.transfer.channel import Geometry, Welcomer
 from twinpool.workers.transfer.folder import PrivateFolder
+from twinpool.workers.transfer.heads import HeadPool
 from twinpool.workers.transfer.lane import SOURCES, Job, Lane
 from twinpool.workers.transfer.order import Order
 from twinpool.workers.transfer.pool import HostPool, KvPool
 from twinpool.workers.transfer.server import KvServer
 
+BACKENDS = {"cpu": ("shm", "tcp", "gloo"), "cuda": ("nccl", "tcp")}
 _JOIN_S = 2.0
 
 
@@ -32,6 +35,14 @@ class TransferConfig:
     runtime_dir: Path | None = None  # where the Unix socket's private folder goes; None: the system's temporary folder
 
 
+def transfer_config(config: ClusterConfig) -> TransferConfig:
+    """What the cluster's configuration says; by default the best for the device first."""
+    device = config.worker.device.partition(":")[0]
+    wanted = config.transfer.backend
+    backends = BACKENDS[device] if wanted == "auto" else (wanted,)
+    return TransferConfig(backends=backends, listen=config.transfer.listen)
+
+
 class KVService:
     """One worker's :class:`~twinpool.workers.transfer.base.KVTransfer`; borrows the pool.
 
@@ -39,15 +50,19 @@ class KVService:
     that are unknown or do not suit the pool.
     """
 
-    def __init__(self, pool: KvPool, config: TransferConfig, worker: str, epoch: int) -> None:
+    def __init__(
+        self, pool: KvPool, config: TransferConfig, worker: str, epoch: int, secret: bytes | None = None
+    ) -> None:
+        """``secret``: that of the worker, where it is not the only rank; empty: a new one."""
         _check_backends(pool, config.backends)
         self.addresses: dict[str, str] = {}
-        self.secret = secrets.token_bytes(32)
+        self.secret = secret or secrets.token_bytes(32)
         self.worker, self.epoch = worker, epoch
         self._pool, self._config = pool, config
-        geometry = Geometry(pool.blocks, pool.block_bytes, pool.sum_kind)
+        held = (pool.held.start, pool.held.stop) if isinstance(pool, HeadPool) else WHOLE
+        geometry = Geometry(pool.blocks, pool.block_bytes, pool.sum_kind, held)
         welcomer = Welcomer(self.secret, epoch, geometry, config.backends)
-        self._server = KvServer(pool, welcomer, pool.fd if isinstance(pool, HostPool) else None)
+        self._server = KvServer(pool, welcomer, pool.fd if isinstance(pool, HostPool | HeadPool) else None)
         self._folder: PrivateFolder | None = None
         self._lanes: dict[str, Lane] = {}
         self._ended: list[Lane] = []  # stopped, their threads not yet seen to end
@@ -67,13 +82,13 @@ class KVService:
             raise ConfigError(f"cannot listen for KV transfers: {error}") from error
 
     async def pull(
-        self, peer: Peer, source: Sequence[int], target: Sequence[int], sums: Sequence[int], timeout_s: float
+        self, peer: Peer, source: Sequence[int], target: Sequence[int], sums: Sequence[int] | None, timeout_s: float
     ) -> Pulled:
         """See ``KVTransfer``. ``seconds`` of the result is moving and verifying, without connecting or waiting before.
 
-        Raises ValueError when the lists do not fit each other or our pool.
+        Raises ValueError when the lists do not fit each other or our pool. ``sums`` is None where the caller verifies.
         """
-        order = Order(self._pool, source, target, sums, timeout_s)
+        order = Order(self._part(peer), source, target, sums, timeout_s)
         if self._closed:
             raise TransferError("KV transfer is shut down", reason="PEER_GONE")
         if not source:
@@ -114,10 +129,14 @@ class KVService:
         for lane in self._ended:
             lane.join(_JOIN_S)
 
+    def _part(self, peer: Peer) -> KvPool:
+        """The blocks to fill: of a pool by heads, those that the peer is to send."""
+        return self._pool.part(range(*peer.heads)) if isinstance(self._pool, HeadPool) else self._pool
+
     def _offer(self, job: Job) -> None:
         lane = self._lanes.get(job.peer.worker)
         if lane is None or not lane.offer(job):
-            lane = self._lanes[job.peer.worker] = Lane(self._pool, self._config.backends)
+            lane = self._lanes[job.peer.worker] = Lane(job.order.pool, self._config.backends)
             lane.offer(job)
         self._ended = [ended for ended in self._ended if ended.alive]
 
@@ -168,7 +187,7 @@ def _check_backends(pool: KvPool, backends: Sequence[str]) -> None:
     if unknown or not backends:
         raise ConfigError(f"KV backends {unknown or 'are missing'}: choose among {', '.join(SOURCES)}")
     on_gpu = pool.data.is_cuda
-    if "shm" in backends and not isinstance(pool, HostPool):
+    if "shm" in backends and (not isinstance(pool, HostPool | HeadPool) or pool.fd is None):
         raise ConfigError("the KV backend shm needs KV in host memory")
     if "nccl" in backends and not on_gpu:
         raise ConfigError("the KV backend nccl needs KV on a GPU")

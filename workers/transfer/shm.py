@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
+import numpy.typing as npt
 
 from twinpool.errors import TransferError
 from twinpool.workers.transfer.channel import Channel, Geometry, close_fds
+from twinpool.workers.transfer.heads import HeadPool
 from twinpool.workers.transfer.order import Order
-from twinpool.workers.transfer.pool import Bytes2D, HostPool, KvPool, attach
+from twinpool.workers.transfer.pool import HostPool, KvPool, attach
 from twinpool.workers.transfer.runs import Run
+
+Rows = npt.NDArray[np.uint8]  # [blocks, ...]
 
 RUN_BYTES = 512 << 10  # small blocks are copied so many at a time, to be verified while in the L2 cache
 BYTES_PER_THREAD = 4 << 20  # less is not worth waking another thread
@@ -28,14 +32,15 @@ class ShmSource:
 
     def __init__(self, channel: Channel, geometry: Geometry, fds: list[int], pool: KvPool) -> None:
         self.channel = channel
-        if not isinstance(pool, HostPool) or len(fds) != 1:
+        if not isinstance(pool, HostPool | HeadPool) or pool.fd is None or len(fds) != 1:
             close_fds(fds)
             raise TransferError("shared memory needs a pool in host memory at both ends", reason="REFUSED")
         try:
-            self._rows: Bytes2D | None = attach(fds[0], geometry.blocks, geometry.block_bytes)
+            rows: Rows = attach(fds[0], geometry.blocks, geometry.block_bytes)
         except (ValueError, OSError) as error:
             raise TransferError(f"cannot map the peer's KV memory: {error}", reason="REFUSED") from error
-        self._own = pool.rows
+        self._rows: Rows | None = pool.rows_of(rows, range(*geometry.held)) if isinstance(pool, HeadPool) else rows
+        self._own: Rows = pool.rows
         self._helpers = ThreadPoolExecutor(THREADS, thread_name_prefix="kv-copy")  # starts a thread only when used
 
     def fetch(self, order: Order) -> None:
@@ -61,7 +66,7 @@ class ShmSource:
         self._helpers.shutdown()
         self.channel.close()
 
-    def _copy(self, order: Order, peer: Bytes2D, runs: Iterator[Run]) -> None:
+    def _copy(self, order: Order, peer: Rows, runs: Iterator[Run]) -> None:
         for run in runs:
             if order.abandoned:
                 return
