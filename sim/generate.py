@@ -20,8 +20,8 @@ Starts of sessions, all with the same mean rate:
 
 The traffic is already going on when the trace begins: sessions start WARMUP_LIVES mean lives (turns x think) before it,
 and what arrives before 0 is cut off. Servers whose caches are empty then have everybody's whole prompts to compute at
-once; with ``ramp`` nobody is there at 0, and load and caches grow together. ``rate`` counts requests; it is that of a server which takes no time, and in the
-long run that of any server which keeps up.
+once; with ``ramp`` nobody is there at 0, and load and caches grow together. ``rate`` counts requests; it is that of a
+server which takes no time, and in the long run that of any server which keeps up.
 
 Where the numbers come from: the lengths published with the traces of Azure (2023: conversation, input mean 1,155 p50
 1,020, output mean 211 p50 129; code, input mean 2,048 p50 1,500, output mean 28 p50 13) and Mooncake (conversation:

@@ -23,7 +23,7 @@ HEAD = 0.2  # of a trace: where parameters are chosen
 FINE = 2  # steps of 0.5 %: as near as capacities are found
 NEAR = 4  # steps, 2 %: where a capacity is nearly known
 STRIDE = 24  # steps, 12 %: of a race's first climb
-LOWEST = 3  # descents of a race, each of twice the steps of the one before, to 0.43 of where it began: then nobody has won
+LOWEST = 3  # descents of a race, each of twice the steps of the one before, to 0.43 of where it began: nobody has won
 COARSE = 12  # steps, 6 %: as near as parameters are chosen
 
 Window = tuple[float, float]

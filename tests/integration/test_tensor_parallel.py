@@ -1,7 +1,7 @@
 """Workers of several ranks, of different numbers in the two pools: the words of one process, and no rank left behind.
 
-Sums over ranks have another order than in one process, so logits differ in their last bits (up to 5e-5 seen); the words are
-compared as they are, where one request runs alone.
+Sums over ranks have another order than in one process, so logits differ in their last bits (up to 5e-5 seen); the words
+are compared as they are, where one request runs alone.
 """
 
 from __future__ import annotations
