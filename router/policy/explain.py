@@ -137,7 +137,7 @@ def _with_fetch(row: PromptRow, request: Request, worker: Worker, offer: Offer, 
 
 
 def _why_no_split(request: Request, worker: Worker, view: View, now: float) -> str:
-    horizon_s = min(MAX_COMMIT_S, max(MIN_COMMIT_S, 2.0 * view.commit_round_trip_s))
+    horizon_s = _horizon_s(view)
     rules = (
         (worker.draining, DRAINS),
         (request.left > 1 and not view.pool.decode, NO_DECODER),
@@ -149,11 +149,15 @@ def _why_no_split(request: Request, worker: Worker, view: View, now: float) -> s
     return next((why for broken, why in rules if broken), "")
 
 
+def _horizon_s(view: View) -> float:
+    return min(MAX_COMMIT_S, max(MIN_COMMIT_S, 2.0 * view.commit_round_trip_s))
+
+
 def _local_row(
     request: Request, worker: Worker, stairs: list[Stair], splits: list[PromptRow], view: View, now: float
 ) -> PromptRow:
     """``splits``: the rows of prefill workers that will be able to serve the request, if not now."""
-    need = request.length + request.output_to_come
+    need, horizon_s = request.length + request.output_to_come, _horizon_s(view)
     beside = worker.beside(request.itl_s) if worker.decodes else None
     wait_s = worker.free_at(now) - now
     if beside is not None and not worker.prefills:
@@ -161,7 +165,8 @@ def _local_row(
     rules = (
         (worker.draining, DRAINS),
         (not worker.could_fit(need), TOO_SMALL),
-        (bool(worker.prefills), PROMPTS),
+        (bool(worker.fills), PROMPTS),
+        (worker.free_at(now) > now + horizon_s + CLOCK_ERROR, BUSY.format(1000.0 * horizon_s)),
         (worker.booked > LOCAL_MEMORY * worker.capacity, BOOKED),
         (worker.full, SAID_FULL),
         (not worker.fits(need), NO_MEMORY),

@@ -170,7 +170,7 @@ class LocalSearch:
     ``make``: the candidate of one worker, of which (worker, request, cached tokens, seconds alone, now) are told.
     """
 
-    __slots__ = ("_bound", "_make", "_most_booked", "_need", "_now", "_orders", "_request", "_workers", "best")
+    __slots__ = ("_bound", "_make", "_most_booked", "_need", "_orders", "_request", "_workers", "best", "now")
 
     def __init__(
         self, request: Request, pool: Pool, orders: Orders, need: int, most_booked: float, bound: float, now: float,
@@ -182,18 +182,29 @@ class LocalSearch:
         self._need = need
         self._most_booked = most_booked
         self._bound = bound
-        self._now = now
+        self.now = now
         self._make = make
         self.best: Candidate | None = None
 
+    def latest(self) -> float:
+        """A first token after this would not be chosen."""
+        return self._bound if self.best is None else min(self._bound, self.best.finish)
+
+    def ask_busy(self, number: int, cached: int, alone_s: float, limit: float, bound: float) -> None:
+        """Count one worker in that may have prompts, if it is done with them until ``limit``, in time for ``bound``."""
+        worker = self._workers[number]
+        free_at = worker.free_at(self.now)
+        if not worker.fills and free_at <= limit and free_at + alone_s < bound:
+            self.ask(number, cached, alone_s)
+
     def ask(self, number: int, cached: int, alone_s: float) -> bool:
-        """Count one worker without prompts in; whether it could take this one."""
+        """Count one worker in; whether it could take the prompt."""
         worker = self._workers[number]
         if worker.booked > self._most_booked * worker.capacity:
             return False
         if not worker.fits(self._need) or worker.batch >= worker.max_batch:
             return False
-        found = self._make(worker, self._request, cached, alone_s, self._now)
+        found = self._make(worker, self._request, cached, alone_s, self.now)
         if found is None:
             return False
         best = self.best
@@ -214,26 +225,42 @@ class LocalSearch:
             return
         tokens = self._request.length - cached
         rates = self._orders.rates(self._request.itl_s)
-        least = self._now + rates.least(tokens, cached) - ROUNDING
+        least = self.now + rates.least(tokens, cached) - ROUNDING
         for token_s, number in rates.tokens.places:
-            bound = self._bound if self.best is None else min(self._bound, self.best.finish)
-            if least + tokens * token_s > bound:
+            if least + tokens * token_s > self.latest():
                 return
             if mask >> number & 1:
                 self.ask(number, cached, alone_s)
 
 
-def may_take_prompts(pool: Pool, orders: Orders, most_booked: float) -> bool:
-    """Whether a decode worker has no prompt and at most that share of its memory booked."""
+def may_take_prompts(pool: Pool, orders: Orders, most_booked: float, limit: float, now: float) -> bool:
+    """Whether a decode worker is done with its prompts until ``limit``, and has at most that share of memory booked."""
     for _, number in orders.booked.places:
         if orders.free >> number & 1:
             worker = pool.workers[number]
-            return worker.booked <= most_booked * worker.capacity
+            if worker.booked <= most_booked * worker.capacity:
+                return True
+            break
+    for end, number in orders.busy.places:
+        if end > limit:
+            break
+        worker = pool.workers[number]
+        takes = orders.decode >> number & 1 and not worker.fills and worker.booked <= most_booked * worker.capacity
+        if takes and worker.free_at(now) <= limit:
+            return True
     return False
 
 
-def may_be_earlier(request: Request, found: list[Depth], orders: Orders, bound: float, now: float) -> bool:
-    """Whether a decode worker without prompts might give the first token before ``bound``."""
+def may_be_earlier(
+    request: Request, found: list[Depth], orders: Orders, bound: float, limit: float, now: float
+) -> bool:
+    """Whether a decode worker that is done with its prompts until ``limit`` might give the first token before then."""
+    shortest = min([depth.seconds for depth in found], default=math.inf)
+    for end, number in orders.busy.places:
+        if end > limit or end + shortest - ROUNDING >= bound:
+            break
+        if orders.decode >> number & 1:
+            return True
     free = orders.decode & orders.free
     idle = free & ~orders.decoding
     rates = orders.rates(request.itl_s)
@@ -255,25 +282,31 @@ def passed_by(
     """
     if orders.first_end <= limit or orders.prefill & orders.decoding or not orders.decode:
         return -1.0
-    if not may_take_prompts(pool, orders, most_booked):
+    if not may_take_prompts(pool, orders, most_booked, limit, now):
         return -1.0
     least, surest = least_finish(request.length, found, pool, orders, now)
-    return -1.0 if may_be_earlier(request, found, orders, least, now) else surest
+    return -1.0 if may_be_earlier(request, found, orders, least, limit, now) else surest
 
 
 def best_local(
-    search: LocalSearch, found: list[Depth], orders: Orders, bound: float, now: float, also: int
+    search: LocalSearch, found: list[Depth], orders: Orders, bound: float, limit: float, also: int
 ) -> Candidate | None:
     """The earliest; worker ``also`` is counted in even where it cannot be earlier than ``bound``."""
     free = orders.decode & orders.free
     for depth in found:
         mask = depth.mask & free
-        if not mask:
-            continue
-        if also != NOBODY and mask >> also & 1:
-            search.ask(also, depth.cached, depth.seconds)
-        if now + depth.seconds < bound:
+        if also != NOBODY and depth.mask & orders.decode & 1 << also:
+            search.ask_busy(also, depth.cached, depth.seconds, limit, math.inf)
+        if mask and search.now + depth.seconds < bound:
             search.ask_all(mask, depth.cached, depth.seconds)
+    shortest = min([depth.seconds for depth in found], default=math.inf)
+    for end, number in orders.busy.places:
+        if end > limit or end + shortest - ROUNDING > search.latest():
+            break
+        if orders.decode >> number & 1:
+            for depth in found:
+                if depth.mask >> number & 1:
+                    search.ask_busy(number, depth.cached, depth.seconds, limit, bound)
     return search.best
 
 

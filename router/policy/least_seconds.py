@@ -224,28 +224,34 @@ class LeastSeconds:
     def _best_local(
         self, request: Request, stairs: list[Stair], outlook: Outlook, view: View, now: float
     ) -> tuple[Candidate | None, bool]:
-        """The earliest of the decode workers without prompt work, and whether there is any that may take some."""
+        """The earliest of the decode workers that have computed their prompts, or will have within the commit horizon;
+        and whether there is any that may take one.
+        """
         best: Candidate | None = None
         somebody = False
         length = request.length
         need = length + request.output_to_come
         split = outlook.split
         bound = outlook.least if split is None else split.finish
+        limit = now + self._horizon(view) + CLOCK_ERROR
         orders = view.orders
         if orders is not None:
-            if not large_pool.may_take_prompts(view.pool, orders, LOCAL_MEMORY):
+            if not large_pool.may_take_prompts(view.pool, orders, LOCAL_MEMORY, limit, now):
                 return None, False
             found = orders.known[request.rid].depths
-            if split is None and not large_pool.may_be_earlier(request, found, orders, bound, now):
+            if split is None and not large_pool.may_be_earlier(request, found, orders, bound, limit, now):
                 return None, True
             search = large_pool.LocalSearch(
                 request, view.pool, orders, need, LOCAL_MEMORY, bound, now, self._local_candidate
             )
             also = NOBODY if split is None else split.worker
-            return large_pool.best_local(search, found, orders, bound, now, also), True
+            return large_pool.best_local(search, found, orders, bound, limit, also), True
         alike, seconds, known = -1, 0.0, None
         for worker in view.pool.decode:
-            if worker.prefills or worker.fills or worker.booked > LOCAL_MEMORY * worker.capacity:
+            if worker.fills or worker.booked > LOCAL_MEMORY * worker.capacity:
+                continue
+            free_at = worker.free_at(now)
+            if free_at > limit:
                 continue
             somebody = True
             if not worker.fits(need) or worker.batch >= worker.max_batch:
@@ -255,7 +261,7 @@ class LeastSeconds:
                 seconds = worker.prefill_s(length - cached, cached)
                 alike, known = cached, worker.pace
             # Even with the worker for itself the prompt must be earlier there than elsewhere.
-            if now + seconds >= bound and (split is None or worker.id != split.worker):
+            if free_at + seconds >= bound and (split is None or worker.id != split.worker):
                 continue
             candidate = self._local_candidate(worker, request, cached, seconds, now)
             if candidate is not None and (best is None or candidate.finish < best.finish):
@@ -266,12 +272,13 @@ class LeastSeconds:
     def _local_candidate(worker: Worker, request: Request, cached: int, alone_s: float, now: float) -> Candidate | None:
         """``alone_s``: seconds without decodes beside the prompt. None where they leave no useful chunk."""
         if not worker.decodes:
-            return Candidate(now + alone_s, worker.id, cached, alone_s)
+            return Candidate(worker.free_at(now) + alone_s, worker.id, cached, alone_s)
         beside = worker.beside(request.itl_s)
         if beside.tokens < MIN_LOCAL_CHUNK:
             return None
         seconds = worker.prompt_s(request.length - cached, cached, request.itl_s)
-        return Candidate(now + beside.load_s / 2 + seconds, worker.id, cached, seconds)
+        begin = worker.free_at(now) if worker.prefills else now + beside.load_s / 2
+        return Candidate(begin + seconds, worker.id, cached, seconds)
 
     @staticmethod
     def _prompt_s(worker: Worker, request: Request, stairs: list[Stair]) -> float:

@@ -57,16 +57,18 @@ def test_why_no_prompt_goes_to_a_prefill_worker() -> None:
 
 
 def test_why_no_prompt_goes_to_a_decode_worker() -> None:
-    view = cell("decode", "decode", "decode", "decode", "decode", "decode")
+    view = cell(*["decode"] * 7)
     workers = view.pool.workers
     busy(view, 0, 0.5)
+    workers[6].book(6, 6, 10)
+    workers[6].commit_prefill(6, 0.01, 10, 0, NOW, fills=True)
     workers[1].book(7, 7, int(0.7 * workers[1].capacity) + 1)
     workers[2].full = True
     decoding(view, 3, 8, itl_s=9.0)
     decoding(view, 4, 2, itl_s=0.012)
     why = {worker: row.why_not for (worker, path), row in prompts(view, ask()).items() if path == "local"}
     assert why == {
-        0: ex.PROMPTS, 1: ex.BOOKED, 2: ex.SAID_FULL, 3: ex.BATCH_FULL, 4: ex.SMALL_CHUNK, 5: "",
+        0: "busy over 20 ms", 1: ex.BOOKED, 2: ex.SAID_FULL, 3: ex.BATCH_FULL, 4: ex.SMALL_CHUNK, 5: "", 6: ex.PROMPTS,
     }  # fmt: skip
     assert prompts(view, ask(3900, 50))[5, "local"].why_not == ex.TOO_SMALL
     view.pool.workers[5].book(8, 8, int(0.6 * workers[5].capacity))
@@ -208,6 +210,19 @@ def test_kv_that_waits_goes_first() -> None:
     answer = LeastSeconds("split").on_room(request, view, NOW)
     assert isinstance(answer, Placement)
     assert answer.decode == NOBODY
+
+
+def test_a_decode_worker_is_given_its_next_prompt_just_in_time() -> None:
+    view, request = cell("decode", "prefill"), ask()
+    busy(view, 1, 0.5)
+    busy(view, 0, 0.1)
+    assert not isinstance(LeastSeconds().on_room(request, view, NOW), Placement)
+    view = cell("decode", "prefill")
+    busy(view, 1, 0.5)
+    busy(view, 0, 0.01)
+    answer = LeastSeconds().on_room(request, view, NOW)
+    assert isinstance(answer, Placement)
+    assert (answer.prefill, answer.path) == (0, "local")
 
 
 def test_where_no_decode_worker_has_room_it_decodes_where_it_is_computed() -> None:
