@@ -125,8 +125,8 @@ async def test_a_pull_of_two_ranks_that_is_cancelled_ends_before_it_returns(work
 async def test_a_lost_rank_is_named_and_nothing_hangs(workers: Two) -> None:
     crew = workers.two.crew
     assert crew is not None
-    (rank,) = psutil.Process().children()
-    rank.send_signal(signal.SIGKILL)
+    (rank,) = crew._members
+    rank.process.send_signal(signal.SIGKILL)
     with pytest.raises(EngineError, match="rank 1 of this worker was killed by signal 9; the worker ends with it"):
         await asyncio.wait_for(asyncio.shield(crew.lost), 30.0)
     with pytest.raises(EngineError):
@@ -139,9 +139,10 @@ async def test_a_lost_rank_is_named_and_nothing_hangs(workers: Two) -> None:
 
 async def test_more_ranks_than_heads_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     one_head = write_model(tmp_path, num_attention_heads=1, num_key_value_heads=1)
+    before = psutil.Process().children()  # of fixtures of other tests of this session
     with pytest.raises(ConfigError, match="2 ranks cannot share 1 attention heads; lower it to 1"):
         await build(config_of(one_head, 2), tokenizer, Place("decode", "d", 1))
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 def test_emulated_workers_have_no_ranks() -> None:
