@@ -94,6 +94,7 @@ async def test_kv_of_one_rank_is_decoded_from_by_two(workers: Two) -> None:
     assert one.engine.info == two.engine.info
     assert one.blocks == two.blocks
     assert two.crew is not None
+    assert two.crew.meeting.exists(), "NCCL goes back to it at the first all-reduce"
     expected = await one.engine.run([ask(PROMPT, 0, HERE)])
     sums = one.sums.checksums(HERE)
     pulled = await two.transfer.pull(workers.peer(), HERE, THERE, sums, 20.0)

@@ -132,8 +132,7 @@ class Crew:
 
     async def ready(self) -> None:
         """All have met and arranged their weights."""
-        await self._phase(messages.Ready)
-        self._folder.remove()
+        await self._phase(messages.Ready)  # the meeting's file stays: NCCL goes back to it at the first all-reduce
 
     async def _phase(self, kind: type[AnswerT]) -> list[AnswerT]:
         """One answer of this kind from each rank, in order. Raises what ``lost`` has."""
