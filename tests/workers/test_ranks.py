@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from twinpool.tokenizer import Tokenizer, load_tokenizer
 from twinpool.workers.build import Machine, Place, build
 from twinpool.workers.engine.base import Row, SampleState
 from twinpool.workers.models.config import from_hf, tensor_shapes
+from twinpool.workers.ranks.crew import Crew
 from twinpool.workers.transfer.base import Peer
 
 HF = {
@@ -136,6 +138,32 @@ async def test_a_lost_rank_is_named_and_nothing_hangs(workers: Two) -> None:
         workers.two.sums.checksums(HERE)
     with pytest.raises(TransferError, match="rank 1"):
         await workers.two.transfer.pull(workers.peer(), HERE, THERE, [0] * 4, 20.0)
+
+
+async def frozen(workers: Two) -> Crew:
+    """The crew of the worker of two ranks, whose second one stands still."""
+    crew = workers.two.crew
+    assert crew is not None
+    (rank,) = crew._members
+    rank.process.send_signal(signal.SIGSTOP)
+    await asyncio.to_thread(os.waitid, os.P_PID, rank.process.pid, os.WSTOPPED | os.WNOWAIT)
+    return crew
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_pull_of_a_frozen_rank_ends(workers: Two, cancelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twinpool.workers.ranks.crew.LATE_S", 0.5)
+    crew = await frozen(workers)
+    pulling = asyncio.create_task(workers.two.transfer.pull(workers.peer(), HERE, THERE, [0] * 4, 0.5))
+    while not crew._answers:
+        await asyncio.sleep(0)
+    if cancelled:
+        pulling.cancel()
+    with pytest.raises(asyncio.CancelledError if cancelled else TransferError):
+        await asyncio.wait_for(asyncio.shield(pulling), 30.0)
+    with pytest.raises(EngineError, match="rank 1 of this worker hangs: no answer to a pull"):
+        await asyncio.wait_for(asyncio.shield(crew.lost), 30.0)
+    assert crew._members[0].process.wait(30.0) == -signal.SIGKILL
 
 
 async def test_more_ranks_than_heads_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

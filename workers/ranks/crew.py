@@ -29,6 +29,7 @@ from twinpool.workers.transfer.folder import PrivateFolder
 
 SUM_S = 30.0  # longest wait for checksums: a rank that takes longer hangs
 END_S = 5.0  # for a rank to end by itself
+LATE_S = 5.0  # for a rank to say that the time of a pull ran out: it waits for what is being written
 CAUSE_S = 2.0  # a rank that ends breaks the steps of all others: it is heard of within so long, and named
 _MODULE = "twinpool.workers.ranks.main"
 
@@ -81,6 +82,10 @@ class _Member:
         except subprocess.TimeoutExpired:
             return "does not answer"
         return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+    def kill(self) -> None:
+        """End the process at once: it hangs, and must not write to KV again if it ever goes on (SIGCONT)."""
+        self.process.kill()
 
     def close(self) -> None:
         """End the process. Idempotent."""
@@ -191,8 +196,11 @@ class Crew:
         return RankPulled(answer.backend, answer.moved, answer.seconds, messages.values("Q", answer.sums))
 
     async def _answer(self, rank: int, fetch: messages.Fetch) -> Answer:
-        """Raises RankLost. When cancelled it returns once the rank writes no more."""
+        """Raises RankLost. When cancelled it returns once the rank writes no more: it has ended, or is made to."""
         done = asyncio.wrap_future(self._ask(rank, fetch))
+        limit_s = fetch.timeout_s + LATE_S
+        late = self._loop.call_later(limit_s, self._hangs, rank, f"no answer to a pull after {limit_s:g} s")
+        done.add_done_callback(lambda _: late.cancel())
         try:
             await asyncio.wait((done,))
         except asyncio.CancelledError:
@@ -247,6 +255,13 @@ class Crew:
 
     def _gone(self, rank: int, how: str) -> None:
         self._lose(RankLost(f"rank {rank} of this worker {how}; the worker ends with it"))
+
+    def _hangs(self, rank: int, what: str) -> RankLost:
+        """Lose a rank that does not answer."""
+        self._members[rank - 1].kill()
+        why = RankLost(f"rank {rank} of this worker hangs: {what}; the worker ends with it")
+        self._lose(why)
+        return why
 
     def _lose_unless_known(self, why: TwinpoolError) -> None:
         if not self._is_lost.wait(CAUSE_S):
