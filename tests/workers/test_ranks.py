@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import socket
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
@@ -155,8 +157,9 @@ async def test_a_pull_of_a_frozen_rank_ends(workers: Two, cancelled: bool, monke
     monkeypatch.setattr("twinpool.workers.ranks.crew.LATE_S", 0.5)
     crew = await frozen(workers)
     pulling = asyncio.create_task(workers.two.transfer.pull(workers.peer(), HERE, THERE, [0] * 4, 0.5))
-    while not crew._answers:
-        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert crew._answers, "the rank is asked by now"
     if cancelled:
         pulling.cancel()
     with pytest.raises(asyncio.CancelledError if cancelled else TransferError):
@@ -164,6 +167,15 @@ async def test_a_pull_of_a_frozen_rank_ends(workers: Two, cancelled: bool, monke
     with pytest.raises(EngineError, match="rank 1 of this worker hangs: no answer to a pull"):
         await asyncio.wait_for(asyncio.shield(crew.lost), 30.0)
     assert crew._members[0].process.wait(30.0) == -signal.SIGKILL
+
+
+async def test_a_frozen_rank_does_not_hold_up_who_tells_it(workers: Two) -> None:
+    crew = await frozen(workers)
+    crew._members[0]._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 200_000))
+    with pytest.raises(EngineError, match="rank 1 of this worker hangs: it takes in no messages"):
+        await asyncio.to_thread(crew.step, [ask(list(range(1 << 22)), 0, HERE)])
+    with pytest.raises(EngineError, match="rank 1 of this worker"):
+        await asyncio.wait_for(asyncio.shield(crew.lost), 30.0)
 
 
 async def test_more_ranks_than_heads_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

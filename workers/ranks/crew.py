@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from twinpool.workers.transfer.folder import PrivateFolder
 
 SUM_S = 30.0  # longest wait for checksums: a rank that takes longer hangs
 END_S = 5.0  # for a rank to end by itself
+SEND_S = 5  # for a rank to take in more of a message
 LATE_S = 5.0  # for a rank to say that the time of a pull ran out: it waits for what is being written
 CAUSE_S = 2.0  # a rank that ends breaks the steps of all others: it is heard of within so long, and named
 _MODULE = "twinpool.workers.ranks.main"
@@ -51,6 +53,8 @@ class _Member:
         self._hear, self._gone = hear, gone
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
+        # Of sends only: the thread below hears the same socket, and waits as long as there is nothing to hear.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_S, 0))
         # Blocked signals stay blocked in the child: it ends with the first rank, which gets the same signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
@@ -63,10 +67,13 @@ class _Member:
         self._thread.start()
 
     def send(self, message: messages.ToRank) -> None:
-        """Raises RankLost when it is gone."""
+        """Raises RankLost when it is gone, or hangs: it is then ended, for it has but a part of the message."""
         try:
             with self._lock:
                 self._socket.sendall(messages.encode(message))
+        except BlockingIOError as error:
+            self.kill()
+            raise RankLost(f"rank {self.rank} of this worker hangs: it takes in no messages") from error
         except OSError as error:
             raise RankLost(f"rank {self.rank} of this worker is gone") from error
 
