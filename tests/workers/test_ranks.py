@@ -169,6 +169,16 @@ async def test_a_pull_of_a_frozen_rank_ends(workers: Two, cancelled: bool, monke
     assert crew._members[0].process.wait(30.0) == -signal.SIGKILL
 
 
+async def test_sums_of_a_frozen_rank_lose_it(workers: Two) -> None:
+    crew = await frozen(workers)
+    crew._sum_s = 0.2
+    with pytest.raises(EngineError, match="rank 1 of this worker hangs: no checksums"):
+        workers.two.sums.checksums(HERE)
+    with pytest.raises(EngineError, match="rank 1 of this worker hangs: no checksums"):
+        await asyncio.wait_for(asyncio.shield(crew.lost), 30.0)
+    assert crew._members[0].process.wait(30.0) == -signal.SIGKILL
+
+
 async def test_a_frozen_rank_does_not_hold_up_who_tells_it(workers: Two) -> None:
     crew = await frozen(workers)
     crew._members[0]._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 200_000))

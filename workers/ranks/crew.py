@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -28,7 +29,7 @@ from twinpool.workers.ranks.kv import Identity, RankPulled
 from twinpool.workers.transfer.base import Peer
 from twinpool.workers.transfer.folder import PrivateFolder
 
-SUM_S = 30.0  # longest wait for checksums: a rank that takes longer hangs
+SUM_SHARE = 0.8  # of the time in which the router hears that a worker lives: no wait for checksums may take longer
 END_S = 5.0  # for a rank to end by itself
 SEND_S = 5  # for a rank to take in more of a message
 LATE_S = 5.0  # for a rank to say that the time of a pull ran out: it waits for what is being written
@@ -116,6 +117,7 @@ class Crew:
         self.lost: asyncio.Future[NoReturn] = loop.create_future()  # RankLost or ConfigError, once a rank has ended
         self.addresses: list[dict[str, str]] = []
         self._loop = loop
+        self._sum_s = (config.link.dead_after_ms - config.link.heartbeat_ms) / 1000 * SUM_SHARE
         self._folder = PrivateFolder(None)
         self.meeting = self._folder.path / "ranks"
         self._why: TwinpoolError | None = None
@@ -171,19 +173,22 @@ class Crew:
         """See ``OtherRanks``."""
         self._lose_unless_known(RankLost(f"the ranks of this worker are out of step, because a step failed: {why}"))
 
-    def checksums(self, blocks: Sequence[int], ranks: Sequence[int]) -> list[list[int]]:
-        """Sums of the heads that ``ranks`` hold of each block; waits for them. Raises RankLost."""
+    def ask_sums(self, blocks: Sequence[int], ranks: Sequence[int]) -> dict[int, Future[Answer]]:
+        """Have ``ranks`` sum the heads that they hold of each block. Raises RankLost."""
         column = messages.column("I", blocks)
-        asked = [self._ask(rank, messages.Sum(id=next(self._ids), blocks=column)) for rank in ranks]
-        sums = []
-        for rank, future in zip(ranks, asked, strict=True):
+        return {rank: self._ask(rank, messages.Sum(id=next(self._ids), blocks=column)) for rank in ranks}
+
+    def sums(self, asked: dict[int, Future[Answer]]) -> list[list[int]]:
+        """What :meth:`ask_sums` asked for, waited for: the worker says no word meanwhile. Raises RankLost."""
+        found, end = [], time.monotonic() + self._sum_s
+        for rank, future in asked.items():
             try:
-                answer = future.result(SUM_S)
+                answer = future.result(max(0.0, end - time.monotonic()))
             except FutureTimeout:
-                raise RankLost(f"rank {rank} of this worker hangs: no checksums after {SUM_S:g} s") from None
+                raise self._hangs(rank, f"no checksums after {self._sum_s:g} s") from None
             assert isinstance(answer, messages.Sums)
-            sums.append(messages.values("Q", answer.sums))
-        return sums
+            found.append(messages.values("Q", answer.sums))
+        return found
 
     async def pull(
         self, rank: int, peer: Peer, source: Sequence[int], target: Sequence[int], timeout_s: float
