@@ -19,9 +19,11 @@ from twinpool.kernels.reference import HeadRange, Packed, head_range, layer_kv
 __all__ = ["HeadRange", "Packed", "gather_blocks", "head_range", "layer_kv", "paged_decode", "paged_prefill",
            "scatter_blocks"]  # fmt: skip
 
+_INDEX = (torch.int32, torch.int64)
+
 
 def gather_blocks(pool: Tensor, blocks: Tensor, cut: HeadRange | None = None, out: Tensor | None = None) -> Packed:
-    """Pack rows ``blocks`` int64 [n] of ``pool`` uint8 [*, block_bytes], and sum each, in one pass.
+    """Pack rows ``blocks`` (int32 or int64 [n]) of ``pool`` uint8 [*, block_bytes], and sum each, in one pass.
 
     ``cut`` limits it to a range of heads (:func:`head_range`); ``out`` uint8 [n, packed bytes] is filled where given.
     Raises ValueError where shapes do not fit or sizes are no multiples of 8 bytes.
@@ -59,7 +61,7 @@ def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> Ten
     ``kv`` already. The rest is as in :func:`twinpool.kernels.reference.paged_attention`. Raises ValueError where
     shapes do not fit.
     """
-    _check_attention(q, kv, tables)
+    _check_attention(q, kv, tables, contexts)
     if not q.is_cuda:
         return reference.paged_attention(q, kv, tables, contexts, torch.arange(q.shape[0] + 1))
     from twinpool.kernels import attention as kernels
@@ -73,7 +75,8 @@ def paged_prefill(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, start
     ``starts [rows + 1]`` says where in ``q`` each row's chunk begins; ``longest`` is the most tokens that one has. The
     rest is as in :func:`paged_decode`.
     """
-    _check_attention(q, kv, tables)
+    _check_attention(q, kv, tables, contexts)
+    _check_numbers("starts", starts, tables.shape[0] + 1)
     if not q.is_cuda:
         return reference.paged_attention(q, kv, tables, contexts, starts)
     from twinpool.kernels import attention as kernels
@@ -84,6 +87,7 @@ def paged_prefill(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, start
 def _check_copy(pool: Tensor, blocks: Tensor, cut: HeadRange, data: Tensor) -> None:
     if any(tensor.dtype != torch.uint8 or not tensor.is_contiguous() for tensor in (pool, data)):
         raise ValueError("the pool and the packed blocks must be contiguous bytes")
+    _check_numbers("blocks", blocks, blocks.numel())
     if pool.dim() != 2 or data.shape != (blocks.shape[0], cut.packed_bytes):
         raise ValueError(f"{list(data.shape)} packed bytes for {list(blocks.shape)} blocks of {cut}")
     part, rest = divmod(pool.shape[1], cut.parts)
@@ -91,8 +95,18 @@ def _check_copy(pool: Tensor, blocks: Tensor, cut: HeadRange, data: Tensor) -> N
         raise ValueError(f"a block of {pool.shape[1]} bytes cannot be cut by {cut} into 64-bit words")
 
 
-def _check_attention(q: Tensor, kv: Tensor, tables: Tensor) -> None:
+def _check_attention(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> None:
     if q.dim() != 3 or kv.dim() != 5 or kv.shape[1] != 2 or q.shape[2] != kv.shape[4] or q.shape[1] % kv.shape[2]:
         raise ValueError(f"queries {list(q.shape)} do not fit KV {list(kv.shape)}")
     if q.stride(2) != 1 or kv.stride(4) != 1 or tables.stride(1) != 1:
         raise ValueError("queries, KV and block tables must be contiguous in their last dimension")
+    if tables.dtype not in _INDEX:
+        raise ValueError(f"block tables must be int32 or int64, not {tables.dtype}")
+    _check_numbers("contexts", contexts, tables.shape[0])
+
+
+def _check_numbers(name: str, numbers: Tensor, count: int) -> None:
+    """Kernels read such a column by its address alone."""
+    if numbers.dtype not in _INDEX or numbers.shape != (count,) or not numbers.is_contiguous():
+        said = f"{list(numbers.shape)} of {numbers.dtype} with strides {list(numbers.stride())}"
+        raise ValueError(f"{name} must be {count} contiguous numbers, int32 or int64, not {said}")
