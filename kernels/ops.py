@@ -36,7 +36,8 @@ def gather_blocks(pool: Tensor, blocks: Tensor, cut: HeadRange | None = None, ou
         return Packed(out, reference.gather(pool, blocks, cut, out))
     from twinpool.kernels import blocks as kernels
 
-    return Packed(out, kernels.gather(pool, blocks, cut, out))
+    with torch.cuda.device(pool.device):  # triton launches on the current one, whatever its arguments are on
+        return Packed(out, kernels.gather(pool, blocks, cut, out))
 
 
 def scatter_blocks(packed: Packed, pool: Tensor, blocks: Tensor, cut: HeadRange | None = None) -> Tensor:
@@ -51,7 +52,8 @@ def scatter_blocks(packed: Packed, pool: Tensor, blocks: Tensor, cut: HeadRange 
         return reference.scatter(packed.data, pool, blocks, cut) == packed.sums
     from twinpool.kernels import blocks as kernels
 
-    return kernels.scatter(packed.data, pool, blocks, cut) == packed.sums
+    with torch.cuda.device(pool.device):
+        return kernels.scatter(packed.data, pool, blocks, cut) == packed.sums
 
 
 def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> Ten
         return reference.paged_attention(q, kv, tables, contexts, torch.arange(q.shape[0] + 1))
     from twinpool.kernels import attention as kernels
 
-    return kernels.paged_decode(q, kv, tables, contexts)
+    with torch.cuda.device(q.device):
+        return kernels.paged_decode(q, kv, tables, contexts)
 
 
 def paged_prefill(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, starts: Tensor, longest: int) -> Tensor:
@@ -81,7 +84,8 @@ def paged_prefill(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, start
         return reference.paged_attention(q, kv, tables, contexts, starts)
     from twinpool.kernels import attention as kernels
 
-    return kernels.paged_prefill(q, kv, tables, contexts, starts, longest)
+    with torch.cuda.device(q.device):
+        return kernels.paged_prefill(q, kv, tables, contexts, starts, longest)
 
 
 def _check_copy(pool: Tensor, blocks: Tensor, cut: HeadRange, data: Tensor) -> None:
