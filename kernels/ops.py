@@ -19,9 +19,11 @@ from twinpool.kernels.reference import HeadRange, Packed, head_range, layer_kv
 __all__ = ["HeadRange", "Packed", "gather_blocks", "head_range", "layer_kv", "paged_decode", "paged_prefill",
            "scatter_blocks"]  # fmt: skip
 
+_INDEX = (torch.int32, torch.int64)
+
 
 def gather_blocks(pool: Tensor, blocks: Tensor, cut: HeadRange | None = None, out: Tensor | None = None) -> Packed:
-    """Pack rows ``blocks`` int64 [n] of ``pool`` uint8 [*, block_bytes], and sum each, in one pass.
+    """Pack rows ``blocks`` (int32 or int64 [n]) of ``pool`` uint8 [*, block_bytes], and sum each, in one pass.
 
     ``cut`` limits it to a range of heads (:func:`head_range`); ``out`` uint8 [n, packed bytes] is filled where given.
     Raises ValueError where shapes do not fit or sizes are no multiples of 8 bytes.
@@ -34,7 +36,8 @@ def gather_blocks(pool: Tensor, blocks: Tensor, cut: HeadRange | None = None, ou
         return Packed(out, reference.gather(pool, blocks, cut, out))
     from twinpool.kernels import blocks as kernels
 
-    return Packed(out, kernels.gather(pool, blocks, cut, out))
+    with torch.cuda.device(pool.device):  # triton launches on the current one, whatever its arguments are on
+        return Packed(out, kernels.gather(pool, blocks, cut, out))
 
 
 def scatter_blocks(packed: Packed, pool: Tensor, blocks: Tensor, cut: HeadRange | None = None) -> Tensor:
@@ -49,7 +52,8 @@ def scatter_blocks(packed: Packed, pool: Tensor, blocks: Tensor, cut: HeadRange 
         return reference.scatter(packed.data, pool, blocks, cut) == packed.sums
     from twinpool.kernels import blocks as kernels
 
-    return kernels.scatter(packed.data, pool, blocks, cut) == packed.sums
+    with torch.cuda.device(pool.device):
+        return kernels.scatter(packed.data, pool, blocks, cut) == packed.sums
 
 
 def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> Tensor:
@@ -59,12 +63,13 @@ def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> Ten
     ``kv`` already. The rest is as in :func:`twinpool.kernels.reference.paged_attention`. Raises ValueError where
     shapes do not fit.
     """
-    _check_attention(q, kv, tables)
+    _check_attention(q, kv, tables, contexts)
     if not q.is_cuda:
         return reference.paged_attention(q, kv, tables, contexts, torch.arange(q.shape[0] + 1))
     from twinpool.kernels import attention as kernels
 
-    return kernels.paged_decode(q, kv, tables, contexts)
+    with torch.cuda.device(q.device):
+        return kernels.paged_decode(q, kv, tables, contexts)
 
 
 def paged_prefill(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, starts: Tensor, longest: int) -> Tensor:
@@ -73,17 +78,20 @@ def paged_prefill(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, start
     ``starts [rows + 1]`` says where in ``q`` each row's chunk begins; ``longest`` is the most tokens that one has. The
     rest is as in :func:`paged_decode`.
     """
-    _check_attention(q, kv, tables)
+    _check_attention(q, kv, tables, contexts)
+    _check_numbers("starts", starts, tables.shape[0] + 1)
     if not q.is_cuda:
         return reference.paged_attention(q, kv, tables, contexts, starts)
     from twinpool.kernels import attention as kernels
 
-    return kernels.paged_prefill(q, kv, tables, contexts, starts, longest)
+    with torch.cuda.device(q.device):
+        return kernels.paged_prefill(q, kv, tables, contexts, starts, longest)
 
 
 def _check_copy(pool: Tensor, blocks: Tensor, cut: HeadRange, data: Tensor) -> None:
     if any(tensor.dtype != torch.uint8 or not tensor.is_contiguous() for tensor in (pool, data)):
         raise ValueError("the pool and the packed blocks must be contiguous bytes")
+    _check_numbers("blocks", blocks, blocks.numel())
     if pool.dim() != 2 or data.shape != (blocks.shape[0], cut.packed_bytes):
         raise ValueError(f"{list(data.shape)} packed bytes for {list(blocks.shape)} blocks of {cut}")
     part, rest = divmod(pool.shape[1], cut.parts)
@@ -91,8 +99,18 @@ def _check_copy(pool: Tensor, blocks: Tensor, cut: HeadRange, data: Tensor) -> N
         raise ValueError(f"a block of {pool.shape[1]} bytes cannot be cut by {cut} into 64-bit words")
 
 
-def _check_attention(q: Tensor, kv: Tensor, tables: Tensor) -> None:
+def _check_attention(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> None:
     if q.dim() != 3 or kv.dim() != 5 or kv.shape[1] != 2 or q.shape[2] != kv.shape[4] or q.shape[1] % kv.shape[2]:
         raise ValueError(f"queries {list(q.shape)} do not fit KV {list(kv.shape)}")
     if q.stride(2) != 1 or kv.stride(4) != 1 or tables.stride(1) != 1:
         raise ValueError("queries, KV and block tables must be contiguous in their last dimension")
+    if tables.dtype not in _INDEX:
+        raise ValueError(f"block tables must be int32 or int64, not {tables.dtype}")
+    _check_numbers("contexts", contexts, tables.shape[0])
+
+
+def _check_numbers(name: str, numbers: Tensor, count: int) -> None:
+    """Kernels read such a column by its address alone."""
+    if numbers.dtype not in _INDEX or numbers.shape != (count,) or not numbers.is_contiguous():
+        said = f"{list(numbers.shape)} of {numbers.dtype} with strides {list(numbers.stride())}"
+        raise ValueError(f"{name} must be {count} contiguous numbers, int32 or int64, not {said}")

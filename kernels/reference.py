@@ -67,7 +67,7 @@ def packed_sums(data: Tensor) -> Tensor:
 
 
 def gather(pool: Tensor, blocks: Tensor, cut: HeadRange, out: Tensor) -> Tensor:
-    """Pack ``cut`` of ``pool`` uint8 [*, block_bytes] rows ``blocks`` int64 [n] into ``out`` uint8 [n, packed bytes].
+    """Pack ``cut`` of ``pool`` uint8 [*, block_bytes] rows ``blocks`` [n] into ``out`` uint8 [n, packed bytes].
 
     Returns the checksums of what was packed, int64 [n].
     """
@@ -78,7 +78,7 @@ def gather(pool: Tensor, blocks: Tensor, cut: HeadRange, out: Tensor) -> Tensor:
 
 def scatter(data: Tensor, pool: Tensor, blocks: Tensor, cut: HeadRange) -> Tensor:
     """The reverse of :func:`gather`: ``data`` uint8 [n, packed bytes] into the pool. Returns the sums of ``data``."""
-    _parts(pool, cut).index_copy_(0, blocks, data.view(data.shape[0], cut.parts, cut.length))
+    _parts(pool, cut).index_copy_(0, blocks.long(), data.view(data.shape[0], cut.parts, cut.length))
     return packed_sums(data)
 
 

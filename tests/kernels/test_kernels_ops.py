@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -96,6 +97,39 @@ def test_queries_that_do_not_fit_are_refused() -> None:
         ops.paged_decode(case.q[:, :, 1:], case.kv, case.tables, case.contexts)
     with pytest.raises(ValueError, match="last dimension"):
         ops.paged_decode(case.q, case.kv, case.tables.repeat(1, 2)[:, ::2], case.contexts)
+
+
+BAD_NUMBERS = [
+    lambda column: column.repeat_interleave(2)[::2],
+    lambda column: column.float(),
+    lambda column: column[None],
+]
+
+
+@pytest.mark.parametrize("spoil", BAD_NUMBERS)
+def test_columns_of_numbers_that_kernels_would_misread_are_refused(
+    spoil: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    pool, blocks = random_pool(4, 64), torch.tensor([1, 3])
+    packed = ops.gather_blocks(pool, blocks)
+    with pytest.raises(ValueError, match="blocks must be"):
+        ops.gather_blocks(pool, spoil(blocks))
+    with pytest.raises(ValueError, match="blocks must be"):
+        ops.scatter_blocks(packed, pool, spoil(blocks))
+    case = attention_case(3, "cpu", decode=False)
+    with pytest.raises(ValueError, match="contexts must be"):
+        ops.paged_prefill(case.q, case.kv, case.tables, spoil(case.contexts), case.starts, case.longest)
+    with pytest.raises(ValueError, match="starts must be"):
+        ops.paged_prefill(case.q, case.kv, case.tables, case.contexts, spoil(case.starts), case.longest)
+    with pytest.raises(ValueError, match="tables must be"):
+        ops.paged_prefill(case.q, case.kv, case.tables.float(), case.contexts, case.starts, case.longest)
+
+
+def test_columns_of_numbers_may_be_of_32_bits() -> None:
+    pool, blocks = random_pool(6, 256), torch.tensor([4, 5, 1])
+    packed = ops.gather_blocks(pool, blocks.int())
+    assert torch.equal(packed.data, pool[blocks])
+    assert ops.scatter_blocks(packed, pool, blocks.int()).all()
 
 
 @pytest.mark.parametrize("seed", range(6))

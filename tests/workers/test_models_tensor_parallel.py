@@ -13,12 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinpool.errors import ConfigError
+from twinpool.router.links import LinkSettings
 from twinpool.sampling import SamplingParams
 from twinpool.workers.engine.base import Row, Sampled, SampleState
 from twinpool.workers.engine.torch_engine import TorchEngine, kv_layout
 from twinpool.workers.models.config import DTypeName, LlamaConfig, tensor_shapes
 from twinpool.workers.models.loader import LoadedModel
 from twinpool.workers.models.tensor_parallel import share, share_config, share_weights
+from twinpool.workers.ranks import group
+from twinpool.workers.ranks.crew import CAUSE_S
 from twinpool.workers.ranks.group import ProcessGroup
 
 CONFIG = LlamaConfig(
@@ -178,3 +181,16 @@ def test_only_the_first_rank_has_row_parallel_biases() -> None:
     for rank in (0, 1):
         own = share_weights(CONFIG, share(CONFIG, rank, 2), rank == 0, weights)
         assert all((name in own) == (rank == 0) for name in biases)
+
+
+def test_a_rank_that_stands_still_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "STEP_S", 0.5)
+    with ThreadPoolExecutor(2) as threads:
+        made = [threads.submit(ProcessGroup, tmp_path / "ranks", rank, 2, "cpu") for rank in range(2)]
+        first, _ = [future.result() for future in made]
+    with pytest.raises(RuntimeError, match="rank 0 could not add up with the other ranks: look whether another rank's"):
+        first.all_reduce(torch.ones(4))
+
+
+def test_ranks_miss_each_other_before_the_router_misses_the_worker() -> None:
+    assert LinkSettings("", 1.0, 1.0, 1.0).hang_s > group.STEP_S + CAUSE_S

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import socket
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +24,7 @@ from twinpool.tokenizer import Tokenizer, load_tokenizer
 from twinpool.workers.build import Machine, Place, build
 from twinpool.workers.engine.base import Row, SampleState
 from twinpool.workers.models.config import from_hf, tensor_shapes
+from twinpool.workers.ranks.crew import Crew
 from twinpool.workers.transfer.base import Peer
 
 HF = {
@@ -94,6 +98,7 @@ async def test_kv_of_one_rank_is_decoded_from_by_two(workers: Two) -> None:
     assert one.engine.info == two.engine.info
     assert one.blocks == two.blocks
     assert two.crew is not None
+    assert two.crew.meeting.exists(), "NCCL goes back to it at the first all-reduce"
     expected = await one.engine.run([ask(PROMPT, 0, HERE)])
     sums = one.sums.checksums(HERE)
     pulled = await two.transfer.pull(workers.peer(), HERE, THERE, sums, 20.0)
@@ -125,8 +130,8 @@ async def test_a_pull_of_two_ranks_that_is_cancelled_ends_before_it_returns(work
 async def test_a_lost_rank_is_named_and_nothing_hangs(workers: Two) -> None:
     crew = workers.two.crew
     assert crew is not None
-    (rank,) = psutil.Process().children()
-    rank.send_signal(signal.SIGKILL)
+    (rank,) = crew._members
+    rank.process.send_signal(signal.SIGKILL)
     with pytest.raises(EngineError, match="rank 1 of this worker was killed by signal 9; the worker ends with it"):
         await asyncio.wait_for(asyncio.shield(crew.lost), 30.0)
     with pytest.raises(EngineError):
@@ -137,11 +142,58 @@ async def test_a_lost_rank_is_named_and_nothing_hangs(workers: Two) -> None:
         await workers.two.transfer.pull(workers.peer(), HERE, THERE, [0] * 4, 20.0)
 
 
+async def frozen(workers: Two) -> Crew:
+    """The crew of the worker of two ranks, whose second one stands still."""
+    crew = workers.two.crew
+    assert crew is not None
+    (rank,) = crew._members
+    rank.process.send_signal(signal.SIGSTOP)
+    await asyncio.to_thread(os.waitid, os.P_PID, rank.process.pid, os.WSTOPPED | os.WNOWAIT)
+    return crew
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_pull_of_a_frozen_rank_ends(workers: Two, cancelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twinpool.workers.ranks.crew.LATE_S", 0.5)
+    crew = await frozen(workers)
+    pulling = asyncio.create_task(workers.two.transfer.pull(workers.peer(), HERE, THERE, [0] * 4, 0.5))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert crew._answers, "the rank is asked by now"
+    if cancelled:
+        pulling.cancel()
+    with pytest.raises(asyncio.CancelledError if cancelled else TransferError):
+        await asyncio.wait_for(asyncio.shield(pulling), 30.0)
+    with pytest.raises(EngineError, match="rank 1 of this worker hangs: no answer to a pull"):
+        await asyncio.wait_for(asyncio.shield(crew.lost), 30.0)
+    assert crew._members[0].process.wait(30.0) == -signal.SIGKILL
+
+
+async def test_sums_of_a_frozen_rank_lose_it(workers: Two) -> None:
+    crew = await frozen(workers)
+    crew._sum_s = 0.2
+    with pytest.raises(EngineError, match="rank 1 of this worker hangs: no checksums"):
+        workers.two.sums.checksums(HERE)
+    with pytest.raises(EngineError, match="rank 1 of this worker hangs: no checksums"):
+        await asyncio.wait_for(asyncio.shield(crew.lost), 30.0)
+    assert crew._members[0].process.wait(30.0) == -signal.SIGKILL
+
+
+async def test_a_frozen_rank_does_not_hold_up_who_tells_it(workers: Two) -> None:
+    crew = await frozen(workers)
+    crew._members[0]._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", 0, 200_000))
+    with pytest.raises(EngineError, match="rank 1 of this worker hangs: it takes in no messages"):
+        await asyncio.to_thread(crew.step, [ask(list(range(1 << 22)), 0, HERE)])
+    with pytest.raises(EngineError, match="rank 1 of this worker"):
+        await asyncio.wait_for(asyncio.shield(crew.lost), 30.0)
+
+
 async def test_more_ranks_than_heads_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     one_head = write_model(tmp_path, num_attention_heads=1, num_key_value_heads=1)
+    before = psutil.Process().children()  # of fixtures of other tests of this session
     with pytest.raises(ConfigError, match="2 ranks cannot share 1 attention heads; lower it to 1"):
         await build(config_of(one_head, 2), tokenizer, Place("decode", "d", 1))
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 def test_emulated_workers_have_no_ranks() -> None:

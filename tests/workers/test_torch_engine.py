@@ -285,3 +285,35 @@ async def test_embedded_model_continues_a_known_fact() -> None:
         ids = [*ids, drawn.token]
     made.close()
     assert "Paris" in tokenizer.decode(ids)
+
+
+class Others:
+    """Other ranks that only take down what they are told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def step(self, rows: Sequence[Row]) -> None:
+        self.told.append("step")
+
+    def out_of_step(self, why: str) -> None:
+        self.told.append(why)
+
+
+async def test_only_a_failure_in_what_ranks_share_sets_them_out_of_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("too hot")
+
+    others, recorder = Others(), Recorder()
+    pool = torch.zeros(BLOCKS, kv_layout(CONFIG, "float32", BLOCK).block_bytes, dtype=torch.uint8)
+    engine = TorchEngine(tiny_model(), pool, BLOCK, 1, recorder, others=others)
+    row = Row(prompt(8), 0, table(0, 8), state(prompt(8)))
+    for owner, name in ((recorder, "sample"), (engine._model, "logits"), (engine._kv, "plan")):
+        others.told.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(EngineError, match="too hot"):
+                await engine.run([row])
+        assert others.told == (["step", "too hot"] if name == "plan" else ["step"])
+    assert (await engine.run([row]))[0] is not None
+    engine.close()

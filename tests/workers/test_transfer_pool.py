@@ -12,6 +12,8 @@ import xxhash
 
 from twinpool.errors import ConfigError
 from twinpool.workers.transfer import memory
+from twinpool.workers.transfer.heads import HeadPool
+from twinpool.workers.transfer.layout import BlockLayout
 from twinpool.workers.transfer.pool import DevicePool, HostPool, attach, open_pool
 
 
@@ -92,6 +94,18 @@ def test_device_checksum_sees_a_changed_byte_and_changed_places() -> None:
     assert pool.checksum(0) != whole
     pool.data.copy_(torch.arange(64).view(8, 8).flip(0).reshape(1, 64))
     assert pool.checksum(0) != whole
+
+
+@pytest.mark.parametrize("size", [1, 64, 128, 200, 1000])
+def test_sums_do_not_depend_on_how_many_are_made_at_a_time(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = DevicePool(6, 64, "cpu")
+    pool.data.random_(0, 256)
+    heads = HeadPool(pool, BlockLayout(lines=2, kv_heads=4, line_bytes=8), range(4), range(4))
+    blocks = [5, 0, 3, 1, 2]
+    expected = pool.checksums(blocks)
+    monkeypatch.setattr("twinpool.workers.transfer.pool.SLICE_BYTES", size)
+    assert pool.checksums(blocks) == heads.checksums(blocks) == expected
+    assert pool.checksums([]) == heads.checksums([]) == []
 
 
 def test_device_blocks_pass_through_host_memory() -> None:

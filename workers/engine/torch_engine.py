@@ -26,6 +26,7 @@ from twinpool.workers.models.llama import Llama, RankGroup
 from twinpool.workers.models.loader import LoadedModel
 
 _DTYPES: dict[DTypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_FAILURES = (RuntimeError, IndexError, ValueError, MemoryError)  # of torch; others are mistakes in this program
 
 
 class LogitsSampler(Protocol):
@@ -128,9 +129,7 @@ class TorchEngine:
             self._others.step(rows)
         try:
             return self._compute(self._model, rows)
-        except (RuntimeError, IndexError, ValueError, MemoryError) as error:
-            if self._others is not None:
-                self._others.out_of_step(str(error))
+        except _FAILURES as error:
             raise EngineError(f"a step of {len(rows)} rows failed: {error}") from error
 
     def _check(self, rows: Sequence[Row]) -> None:
@@ -151,9 +150,7 @@ class TorchEngine:
     def _compute(self, model: Llama, rows: Sequence[Row]) -> list[Sampled | None]:
         order = attention_order([len(row.tokens) for row in rows], [row.start for row in rows])
         ordered = [rows[index] for index in order]
-        plan = self._kv.plan([Span(len(row.tokens), row.start, row.table) for row in ordered])
-        tokens = torch.tensor([token for row in ordered for token in row.tokens], dtype=torch.int64)
-        hidden = model.forward(tokens.to(self._device), plan, self._kv)
+        hidden = self._forward(model, ordered)
         results: list[Sampled | None] = [None] * len(rows)
         last_tokens: list[int] = []
         sampled: list[tuple[int, SampleState]] = []
@@ -171,6 +168,17 @@ class TorchEngine:
         elif self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # KV must be in the pool when the step is reported
         return results
+
+    def _forward(self, model: Llama, rows: Sequence[Row]) -> Tensor:
+        """Hidden states of all tokens. What fails here fails in the middle of what all ranks compute together."""
+        try:
+            plan = self._kv.plan([Span(len(row.tokens), row.start, row.table) for row in rows])
+            tokens = torch.tensor([token for row in rows for token in row.tokens], dtype=torch.int64)
+            return model.forward(tokens.to(self._device), plan, self._kv)
+        except _FAILURES as error:
+            if self._others is not None:
+                self._others.out_of_step(str(error))
+            raise
 
 
 @torch.inference_mode()

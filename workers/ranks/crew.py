@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -27,8 +29,10 @@ from twinpool.workers.ranks.kv import Identity, RankPulled
 from twinpool.workers.transfer.base import Peer
 from twinpool.workers.transfer.folder import PrivateFolder
 
-SUM_S = 30.0  # longest wait for checksums: a rank that takes longer hangs
+SUM_SHARE = 0.8  # of the time in which the router hears that a worker lives: no wait for checksums may take longer
 END_S = 5.0  # for a rank to end by itself
+SEND_S = 5  # for a rank to take in more of a message
+LATE_S = 5.0  # for a rank to say that the time of a pull ran out: it waits for what is being written
 CAUSE_S = 2.0  # a rank that ends breaks the steps of all others: it is heard of within so long, and named
 _MODULE = "twinpool.workers.ranks.main"
 
@@ -50,6 +54,8 @@ class _Member:
         self._hear, self._gone = hear, gone
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
+        # Of sends only: the thread below hears the same socket, and waits as long as there is nothing to hear.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_S, 0))
         # Blocked signals stay blocked in the child: it ends with the first rank, which gets the same signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
@@ -62,10 +68,13 @@ class _Member:
         self._thread.start()
 
     def send(self, message: messages.ToRank) -> None:
-        """Raises RankLost when it is gone."""
+        """Raises RankLost when it is gone, or hangs: it is then ended, for it has but a part of the message."""
         try:
             with self._lock:
                 self._socket.sendall(messages.encode(message))
+        except BlockingIOError as error:
+            self.kill()
+            raise RankLost(f"rank {self.rank} of this worker hangs: it takes in no messages") from error
         except OSError as error:
             raise RankLost(f"rank {self.rank} of this worker is gone") from error
 
@@ -81,6 +90,10 @@ class _Member:
         except subprocess.TimeoutExpired:
             return "does not answer"
         return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+
+    def kill(self) -> None:
+        """End the process at once: it hangs, and must not write to KV again if it ever goes on (SIGCONT)."""
+        self.process.kill()
 
     def close(self) -> None:
         """End the process. Idempotent."""
@@ -104,6 +117,7 @@ class Crew:
         self.lost: asyncio.Future[NoReturn] = loop.create_future()  # RankLost or ConfigError, once a rank has ended
         self.addresses: list[dict[str, str]] = []
         self._loop = loop
+        self._sum_s = (config.link.dead_after_ms - config.link.heartbeat_ms) / 1000 * SUM_SHARE
         self._folder = PrivateFolder(None)
         self.meeting = self._folder.path / "ranks"
         self._why: TwinpoolError | None = None
@@ -132,8 +146,7 @@ class Crew:
 
     async def ready(self) -> None:
         """All have met and arranged their weights."""
-        await self._phase(messages.Ready)
-        self._folder.remove()
+        await self._phase(messages.Ready)  # the meeting's file stays: NCCL goes back to it at the first all-reduce
 
     async def _phase(self, kind: type[AnswerT]) -> list[AnswerT]:
         """One answer of this kind from each rank, in order. Raises what ``lost`` has."""
@@ -160,19 +173,22 @@ class Crew:
         """See ``OtherRanks``."""
         self._lose_unless_known(RankLost(f"the ranks of this worker are out of step, because a step failed: {why}"))
 
-    def checksums(self, blocks: Sequence[int], ranks: Sequence[int]) -> list[list[int]]:
-        """Sums of the heads that ``ranks`` hold of each block; waits for them. Raises RankLost."""
+    def ask_sums(self, blocks: Sequence[int], ranks: Sequence[int]) -> dict[int, Future[Answer]]:
+        """Have ``ranks`` sum the heads that they hold of each block. Raises RankLost."""
         column = messages.column("I", blocks)
-        asked = [self._ask(rank, messages.Sum(id=next(self._ids), blocks=column)) for rank in ranks]
-        sums = []
-        for rank, future in zip(ranks, asked, strict=True):
+        return {rank: self._ask(rank, messages.Sum(id=next(self._ids), blocks=column)) for rank in ranks}
+
+    def sums(self, asked: dict[int, Future[Answer]]) -> list[list[int]]:
+        """What :meth:`ask_sums` asked for, waited for: the worker says no word meanwhile. Raises RankLost."""
+        found, end = [], time.monotonic() + self._sum_s
+        for rank, future in asked.items():
             try:
-                answer = future.result(SUM_S)
+                answer = future.result(max(0.0, end - time.monotonic()))
             except FutureTimeout:
-                raise RankLost(f"rank {rank} of this worker hangs: no checksums after {SUM_S:g} s") from None
+                raise self._hangs(rank, f"no checksums after {self._sum_s:g} s") from None
             assert isinstance(answer, messages.Sums)
-            sums.append(messages.values("Q", answer.sums))
-        return sums
+            found.append(messages.values("Q", answer.sums))
+        return found
 
     async def pull(
         self, rank: int, peer: Peer, source: Sequence[int], target: Sequence[int], timeout_s: float
@@ -192,8 +208,11 @@ class Crew:
         return RankPulled(answer.backend, answer.moved, answer.seconds, messages.values("Q", answer.sums))
 
     async def _answer(self, rank: int, fetch: messages.Fetch) -> Answer:
-        """Raises RankLost. When cancelled it returns once the rank writes no more."""
+        """Raises RankLost. When cancelled it returns once the rank writes no more: it has ended, or is made to."""
         done = asyncio.wrap_future(self._ask(rank, fetch))
+        limit_s = fetch.timeout_s + LATE_S
+        late = self._loop.call_later(limit_s, self._hangs, rank, f"no answer to a pull after {limit_s:g} s")
+        done.add_done_callback(lambda _: late.cancel())
         try:
             await asyncio.wait((done,))
         except asyncio.CancelledError:
@@ -248,6 +267,13 @@ class Crew:
 
     def _gone(self, rank: int, how: str) -> None:
         self._lose(RankLost(f"rank {rank} of this worker {how}; the worker ends with it"))
+
+    def _hangs(self, rank: int, what: str) -> RankLost:
+        """Lose a rank that does not answer."""
+        self._members[rank - 1].kill()
+        why = RankLost(f"rank {rank} of this worker hangs: {what}; the worker ends with it")
+        self._lose(why)
+        return why
 
     def _lose_unless_known(self, why: TwinpoolError) -> None:
         if not self._is_lost.wait(CAUSE_S):

@@ -14,7 +14,9 @@ import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 from torch import Tensor
 
-STEP_S = 120.0  # a rank that does not take part in an all-reduce for so long hangs
+# A rank that does not take part in an all-reduce for so long hangs. Shorter than the router waits for a step (hang_s,
+# 60 s in router/links.py): the worker then says itself what is wrong, before it is fenced without a reason.
+STEP_S = 45.0
 MEET_S = 60.0
 
 
@@ -32,8 +34,15 @@ class ProcessGroup:
         self._group = _nccl(self._store, rank, ranks) if device.startswith("cuda") else _gloo(self._store, rank, ranks)
 
     def all_reduce(self, part: Tensor) -> None:
-        """See ``RankGroup``. On GPUs the sum is there for what the stream does next."""
-        self._group.allreduce([part]).wait()
+        """See ``RankGroup``. On GPUs the sum is there for what the stream does next.
+
+        Raises RuntimeError when a rank is gone, or hangs for ``STEP_S``.
+        """
+        try:
+            self._group.allreduce([part]).wait()
+        except RuntimeError as error:
+            advice = f"look whether another rank's process is stopped (state T), stuck or gone; all have {STEP_S:g} s"
+            raise RuntimeError(f"rank {self.rank} could not add up with the other ranks: {advice}: {error}") from error
 
 
 def _gloo(store: c10d.Store, rank: int, ranks: int) -> Any:

@@ -38,8 +38,11 @@ class RankedTransfer:
 
     def checksums(self, blocks: Sequence[int]) -> list[int]:
         """Sums of whole blocks. Raises EngineError when a rank is gone."""
-        others = self._crew.checksums(blocks, self._originals[1:]) if self._crew is not None else []
-        return _added([self._own.checksums(blocks), *others])
+        if self._crew is None:
+            return self._own.checksums(blocks)
+        asked = self._crew.ask_sums(blocks, self._originals[1:])
+        own = self._own.checksums(blocks)  # while the others sum theirs
+        return _added([own, *self._crew.sums(asked)])
 
     async def pull(
         self, peer: Peer, source: Sequence[int], target: Sequence[int], sums: Sequence[int], timeout_s: float

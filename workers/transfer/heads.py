@@ -17,7 +17,7 @@ import torch
 from twinpool.errors import ConfigError
 from twinpool.kernels.reference import block_sums, sum_weights
 from twinpool.workers.transfer.layout import BlockLayout
-from twinpool.workers.transfer.pool import Bytes2D, DevicePool, HostPool
+from twinpool.workers.transfer.pool import Bytes2D, DevicePool, HostPool, slices
 
 WORD = 8  # bytes
 
@@ -80,8 +80,11 @@ class HeadPool:
 
     def checksums(self, blocks: Sequence[int]) -> list[int]:
         """The heads' part of the sums of several blocks."""
-        packed = self.data[torch.tensor(blocks, device=self.data.device)]
-        return block_sums(packed.reshape(len(blocks), -1).view(torch.int64), self._weights)
+        sums: list[int] = []
+        for some in slices(blocks, self.block_bytes):
+            packed = self.data[torch.tensor(some, device=self.data.device)]
+            sums += block_sums(packed.reshape(len(some), -1).view(torch.int64), self._weights)
+        return sums
 
     def outgoing(self, first: int, count: int) -> memoryview:
         """A packed copy in host memory, the caller's own."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,8 @@ import xxhash
 from twinpool.errors import ConfigError
 from twinpool.kernels.reference import block_sums, sum_weights
 from twinpool.workers.transfer.memory import available_bytes, format_bytes
+
+SLICE_BYTES = 64 << 20  # summed at a time: a sum needs twice that beside a pool that may fill the device
 
 Bytes2D = npt.NDArray[np.uint8]
 
@@ -120,8 +122,11 @@ class DevicePool:
         return self.checksums([block])[0]
 
     def checksums(self, blocks: Sequence[int]) -> list[int]:
-        """Sums of several blocks, with one wait for the device."""
-        return block_sums(self._words[torch.tensor(blocks, device=self._words.device)], self._weights)
+        """Sums of several blocks, with one wait for the device for each 64 MiB of them."""
+        sums: list[int] = []
+        for some in slices(blocks, self.block_bytes):
+            sums += block_sums(self._words[torch.tensor(some, device=self._words.device)], self._weights)
+        return sums
 
     def outgoing(self, first: int, count: int) -> memoryview:
         """A copy in host memory, the caller's own."""
@@ -134,6 +139,13 @@ class DevicePool:
     def landed(self, first: int, count: int, view: memoryview) -> None:
         """Copy the landing buffer into the blocks."""
         self.data[first : first + count].view(-1).copy_(torch.frombuffer(view, dtype=torch.uint8))
+
+
+def slices(blocks: Sequence[int], block_bytes: int) -> Iterator[Sequence[int]]:
+    """``blocks`` by at most ``SLICE_BYTES``, but at least one, at a time."""
+    count = max(1, SLICE_BYTES // block_bytes)
+    for first in range(0, len(blocks), count):
+        yield blocks[first : first + count]
 
 
 def open_pool(blocks: int, block_bytes: int, device: str = "cpu") -> HostPool | DevicePool:
