@@ -15,7 +15,7 @@ from twinpool.sim.settings import Settings
 BASE = one_at_a_time(Settings(prefill=2, decode=3, kv_tokens=40_960, block_size=512))
 
 
-@pytest.mark.parametrize("seed", [3, 5])
+@pytest.mark.parametrize("seed", [4, 5])
 def test_a_drained_decode_worker(seed: int) -> None:
     trace = traffic(100, rate=25.0, seed=seed)
     when = trace.arrival[50] + 0.0171
