@@ -209,6 +209,8 @@ def test_a_decode_worker_takes_prompts_only_beside_its_decodes(hindrance: str) -
         decode.book(7, 7, 2800)
     elif hindrance == "prompt":
         busy(view, 1, 0.01)
+        assert LeastSeconds().on_room(ask(), view, NOW) is not None, "done within the horizon"
+        busy(view, 1, 0.03, attempt=52)
     elif hindrance == "chunk":
         decode.forget(1000, NOW)
         decode.book(1000, 1000, 100)
