@@ -49,6 +49,8 @@ PARTS = (
     Part("waiting", "a worker with room is taken although a busy one will be earlier, for what it has cached", {}),
     Part("affinity", "where a prefix is cached plays no part in the choice; caches work on", {}),
     Part("decode ITL", "decode workers are chosen by memory alone", {}),
+    Part("home", "where no decode worker has room KV waits for one: nobody decodes where the prompt was computed", {}),
+    Part("fetching", "what other workers have cached is computed again", {"fetch": "off"}),
     Part("local prefill", "decode workers compute no prompts", {"paths": "split"}),
     Part("split", "all of a request on one decode worker: the prefill workers idle", {"paths": "local"}),
     Part("refusing", "who cannot be in time is served when nobody else can be", {"late": "serve"}),

@@ -36,7 +36,7 @@ MAX_COMMIT_S: Final = 0.150
 CLOCK_ERROR: Final = 1e-6  # seconds: more than sums of clock readings round off
 EVER_S: Final = 1e6
 WITHOUT: Final = (
-    "nothing", "late binding", "feasible first", "passing over", "waiting", "affinity", "decode ITL",
+    "nothing", "late binding", "feasible first", "passing over", "waiting", "affinity", "decode ITL", "home",
 )  # fmt: skip
 PASSED = Passed()
 
@@ -64,6 +64,7 @@ class LeastSeconds:
         self._wait = without != "waiting"
         self._affinity = without != "affinity"
         self._mind_itl = without != "decode ITL"
+        self._home = without != "home"
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
         """Earliest predicted first token over all candidates with room."""
@@ -327,7 +328,8 @@ class LeastSeconds:
 
         So a pool that is too large for its work takes over some of the other's, whatever the split was set to.
         """
-        return self._decode_score(worker, request, request.length + request.output_to_come) <= 1.0
+        need = request.length + request.output_to_come
+        return self._home and self._decode_score(worker, request, need) <= 1.0
 
     @staticmethod
     def _may_wait(request: Request, view: View, now: float) -> bool:

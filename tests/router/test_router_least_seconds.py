@@ -277,6 +277,22 @@ def test_kv_may_wait_in_half_of_the_prefill_pool() -> None:
     assert policy.on_room(ask(404), view, NOW) == PASSED
 
 
+def test_where_no_decode_worker_has_room_a_request_decodes_where_its_prompt_is_computed() -> None:
+    view = cell("prefill", "decode", max_batch=4)
+    decoding(view, 1, 4)
+    placement = LeastSeconds().on_room(ask(), view, NOW)
+    assert isinstance(placement, Placement)
+    assert (placement.path, placement.prefill, placement.decode) == ("local", 0, 0)
+    assert placement.reason.endswith("no decode worker has room")
+    for policy in (LeastSeconds("split"), LeastSeconds(without="home")):
+        waits = policy.on_room(ask(), view, NOW)
+        assert isinstance(waits, Placement)
+        assert (waits.path, waits.decode) == ("split", NOBODY)
+    view.pool.workers[0].book(7, 7, 3_480)  # room for the prompt, not for its answer, too
+    full = LeastSeconds().on_room(ask(), view, NOW)
+    assert not isinstance(full, Placement) or not full.local
+
+
 def test_needs() -> None:
     many, one = ask(), ask(max_tokens=1)
     assert [LeastSeconds(paths).needs(many) for paths in ("auto", "split", "local")] == [
