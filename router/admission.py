@@ -1,8 +1,13 @@
-"""The central queue: bounded, fair, feasible first, in order of first-token deadline, removal from anywhere. Pure.
+"""The central queue: bounded, fair, feasible first, in order of slack and deadline, removal from anywhere. Pure.
 
-Order by deadline never starves: a waiting request's deadline stays where it is while those of newcomers move on. It
-collapses, though, where work is more than workers: all that is left is just late. So those that cannot make their
-deadline any more stand behind all that can, shortest work first.
+    turn = deadline - work_s + pressure * work_s        who has the least is next
+
+``deadline - work_s`` is when a request has to begin. In that order nobody is preferred and, where work is more than
+workers, all miss together. In the order of deadlines (pressure 1) whoever has little work goes first and the longest
+miss, a few for many, but they do so as well where all could have been in time. So the weight of the work is the
+*pressure*: what share of its slack a request has used up by the time it is placed, a running mean. Both ends never
+starve anybody: a waiting request's turn stays where it is while those of newcomers move on. Those that cannot make
+their deadline any more stand behind all that can, shortest work first.
 
 Before deadlines come shares. Where several classes wait, the one that had the least predicted prefill seconds for its
 weight goes first; within a class those tenants that had at most a quantum of tokens more than the one that had least.
@@ -26,21 +31,54 @@ CACHED_WEIGHT: Final = 0.1  # of a token whose KV was there, beside one computed
 OUTPUT_WEIGHT: Final = 2.0  # of one drawn
 
 NO_RANK: Final = 1 << 30
+PRESSURE_WEIGHT: Final = 0.05  # of a request just placed, in the running mean
+LEAST_PRESSURE: Final = 0.05
+PRESSURE_STEP: Final = 1.3  # times more or less than what the order goes by: the queue is put in order again
 
 Entry = tuple[float, int]
 
 
+class Pressure:
+    """How much of their slack the requests of one class wait; see the module's docstring."""
+
+    __slots__ = ("_mean", "level")
+
+    def __init__(self) -> None:
+        self._mean = 0.0
+        self.level = LEAST_PRESSURE  # what the order goes by
+
+    def placed(self, request: Request, now: float) -> bool:
+        """A request was placed for the first time; whether ``level`` changed for that."""
+        slack_s = request.deadline - request.work_s - request.arrival
+        waited_s = now - request.arrival
+        self._mean += PRESSURE_WEIGHT * ((waited_s / slack_s if waited_s < slack_s else 1.0) - self._mean)
+        wanted = max(LEAST_PRESSURE, self._mean)
+        if self.level <= PRESSURE_STEP * wanted and wanted <= PRESSURE_STEP * self.level:
+            return False
+        self.level = wanted
+        return True
+
+
 class Queue:
-    """Waiting requests by (deadline, rid), then late ones by (work, rid); entries of those that left are skipped."""
+    """Waiting requests by (turn, rid), then late ones by (work, rid); entries of those that left are skipped.
 
-    __slots__ = ("_classes", "_late", "_lines", "_tenants", "limit", "waiting")
+    ``by_deadline``: as if under full pressure, always.
+    """
 
-    def __init__(self, limit: int) -> None:
+    __slots__ = (
+        "_by_deadline", "_classes", "_late", "_lines", "_pressures", "_tenants", "_unsorted",
+        "limit", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, limit: int, by_deadline: bool = False) -> None:
         self.limit = limit
+        self._by_deadline = by_deadline
         self._lines: dict[tuple[int, str], list[Entry]] = {}  # of each (rank, tenant), sorted
         self._late: list[Entry] = []  # heap
         self._classes = Shares()  # by rank, in predicted prefill seconds by weight
         self._tenants: dict[int, Shares] = {}  # rank -> by tenant, in tokens
+        self._pressures: dict[int, Pressure] = {}  # by rank
+        self._unsorted: set[int] = set()  # ranks whose pressure changed
         self.waiting: dict[int, Request] = {}  # by rid; borrowed
 
     @property
@@ -59,9 +97,30 @@ class Queue:
         request.late = False
         self.waiting[request.rid] = request
         rank, tenant = request.rank, request.tenant
-        insort(self._lines.setdefault((rank, tenant), []), (request.deadline, request.rid))
+        request.turn = self._turn(request)
+        insort(self._lines.setdefault((rank, tenant), []), (request.turn, request.rid))
         self._classes.came(rank)
         self._tenants.setdefault(rank, Shares()).came(tenant)
+
+    def _turn(self, request: Request) -> float:
+        level = 1.0 if self._by_deadline else self._pressure(request.rank).level
+        return request.deadline - (1.0 - level) * request.work_s
+
+    def _pressure(self, rank: int) -> Pressure:
+        pressure = self._pressures.get(rank)
+        if pressure is None:
+            pressure = self._pressures[rank] = Pressure()
+        return pressure
+
+    def _sort(self) -> None:
+        """Lines whose pressure changed, by what it is now."""
+        for (rank, _), line in self._lines.items():
+            if rank in self._unsorted:
+                waiting = [other for other in map(self.valid, line) if other is not None]
+                for other in waiting:
+                    other.turn = self._turn(other)
+                line[:] = sorted([(other.turn, other.rid) for other in waiting])
+        self._unsorted.clear()
 
     def head(self) -> Request | None:
         """The first that is not late; stays in."""
@@ -73,6 +132,8 @@ class Queue:
 
     def order(self, below: int = NO_RANK) -> Iterable[Entry]:
         """Entries for ``valid``, of ranks ``below``, in order. Borrowed: nothing may be pushed or charged meanwhile."""
+        if self._unsorted:
+            self._sort()
         lines = self._lines
         for key, line in lines.items() if len(lines) == 1 else list(lines.items()):
             stale = 0
@@ -97,8 +158,10 @@ class Queue:
             parts.append(heapq.merge(*[line for tenant, line in lines.items() if shares.had(tenant) > limit]))
         return chain.from_iterable(parts)
 
-    def charge(self, request: Request, seconds: float, cached: int, output: int) -> None:
+    def charge(self, request: Request, seconds: float, cached: int, output: int, now: float) -> None:
         """It is served: predicted seconds of its prompt, of which so many tokens are cached, and output to come."""
+        if not request.late and self._pressure(request.rank).placed(request, now):
+            self._unsorted.add(request.rank)
         self._classes.charge(request.rank, seconds / weight_of(request.rank))
         tokens = request.length - cached + CACHED_WEIGHT * cached + OUTPUT_WEIGHT * output
         self._tenants[request.rank].charge(request.tenant, tokens)
@@ -111,9 +174,9 @@ class Queue:
             self._tenants[request.rank].charge(request.tenant, OUTPUT_WEIGHT * more)
 
     def valid(self, entry: Entry) -> Request | None:
-        """The request of an entry; None where it left, came back with another deadline, or is late."""
+        """The request of an entry; None where it left, came back at another turn, or is late."""
         request = self.waiting.get(entry[1])
-        if request is None or request.late or request.deadline != entry[0]:
+        if request is None or request.late or request.turn != entry[0]:
             return None
         return request
 

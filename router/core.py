@@ -36,13 +36,13 @@ class Core:
 
     def __init__(self, policy: Policy, limits: Limits | None = None) -> None:
         self.policy = policy
-        self.state = State(limits or Limits())
+        self.state = State(limits or Limits(), policy.by_deadline)
         self.attempts = Attempts(self.state)
         self._short_since: dict[str, float] = {"prefill": 0.0, "decode": 0.0}  # since when a pool has been empty
         self._renew_at = math.inf
         self._room_at = math.inf  # when a worker is predicted to have room for the head of the queue
         self._newcomer: Request | None = None  # all that changed is that it came
-        self._passed: Request | None = None  # the first in order that was passed over
+        self._passed: Request | None = None  # of those passed over, the first to be late
         self._blocked: Request | None = None  # whom nobody had room for: those behind it wait with it
         self.tick_bound = math.inf  # no Tick is wanted before
         self._handlers: dict[type, Callable[[Any, float], None]] = {
@@ -105,7 +105,7 @@ class Core:
     def _place_newcomer(self, request: Request, now: float) -> None:
         """Who waited already found no worker, and none got more room since."""
         state, blocked = self.state, self._blocked
-        if blocked is not None and (blocked.deadline, blocked.rid) < (request.deadline, request.rid):
+        if blocked is not None and (blocked.turn, blocked.rid) < (request.turn, request.rid):
             return
         answer = self._place(request, state.view(), now)
         if not isinstance(answer, Passed):
@@ -120,7 +120,9 @@ class Core:
     def _submit(self, event: ev.Submit, now: float) -> None:
         state, request = self.state, event.request
         request.arrival = now
-        request.deadline = now + request.ttft_s + request.ttft_factor * self._unloaded_prefill(request)
+        costs = state.pool.costs
+        request.work_s = min([cost.prefill(request.prompt_len, 0, UNLOADED_CHUNK) for cost in costs], default=0.0)
+        request.deadline = now + request.ttft_s + request.ttft_factor * request.work_s
         state.requests[request.rid] = request
         if state.queue.full:
             state.refuse(request, "RESOURCE_EXHAUSTED", "QUEUE_FULL", "the queue is full: come back later", now, 1.0)
@@ -132,10 +134,6 @@ class Core:
                 self._newcomer = request
             for moment in (request.give_up, request.queue_until):
                 state.wake_at(moment, request)
-
-    def _unloaded_prefill(self, request: Request) -> float:
-        costs = self.state.pool.costs
-        return min([cost.prefill(request.prompt_len, 0, UNLOADED_CHUNK) for cost in costs], default=0.0)
 
     def _never_fits(self, request: Request) -> str | None:
         """Why no workers like those connected could ever serve the request; None if some could."""
@@ -168,7 +166,7 @@ class Core:
     # --- placing ----------
 
     def _place_waiting(self, now: float) -> Request | None:
-        """Those that can be in time, in order; then those that cannot. Returns the first passed over."""
+        """Those that can be in time, in order; then those that cannot. Returns the most urgent one passed over."""
         state = self.state
         share = state.orders.prefill_share() if state.large else state.pool.prefill_share
         below = NO_RANK if share < FILL_BELOW else BATCH_RANK
@@ -188,7 +186,8 @@ class Core:
                 if answer.late_s > 0.0:
                     state.queue.postpone(request, request.deadline + answer.late_s - now)
                     continue
-                first = first or request
+                if first is None or request.deadline < first.deadline:
+                    first = request
                 passed += 1
             elif state.queue.mixed:
                 state.room_changed = True  # shares moved: begin again
@@ -208,7 +207,7 @@ class Core:
         if isinstance(answer, Placement):
             state.queue.remove(request)
             if request.charged_output < 0:
-                state.queue.charge(request, answer.seconds, answer.cached, request.output_to_come)
+                state.queue.charge(request, answer.seconds, answer.cached, request.output_to_come, now)
             if self.policy.early:
                 state.bind(request, answer)
                 self._send_bound_of(state.pool.workers[answer.prefill], now)

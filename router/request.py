@@ -125,7 +125,7 @@ class Request:
         "loan", "losses", "max_tokens", "move", "moves", "path", "phase", "placed_at", "prefill", "prefill_done",
         "prefill_name", "prefill_started_at", "prompt_len", "queue_until", "rank", "ready", "reason", "reserved",
         "reserved_at", "returns", "rid", "session", "shown", "stays", "suspect", "tenant", "transferred_at",
-        "ttft_factor", "ttft_s", "verified",
+        "ttft_factor", "ttft_s", "turn", "verified", "work_s",
     )  # fmt: skip
 
     def __init__(
@@ -164,6 +164,8 @@ class Request:
         self.emitted = resumed  # output tokens known, those the client brought along included
         self.arrival = 0.0
         self.deadline = 0.0  # of the first token
+        self.work_s = 0.0  # predicted seconds of its prompt with nothing cached and nobody beside it
+        self.turn = 0.0  # its place in the queue: who has the least is first
         self.phase = Phase.QUEUED
         self.attempts = self.moves = 0  # moves: of the attempts, those that went on at another decode worker
         self.losses = 0  # attempts lost by a fault (preemptions are not)

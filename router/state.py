@@ -44,12 +44,12 @@ class State:
         "unhomed",
     )  # fmt: skip
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, by_deadline: bool) -> None:
         self.limits = limits
         self.pool = Pool()
         self.orders = Orders(self.pool)
         self.index = KvIndex()
-        self.queue = Queue(limits.max_queue)
+        self.queue = Queue(limits.max_queue, by_deadline)
         self.requests: dict[int, Request] = {}
         self.by_attempt: dict[int, Request] = {}
         self.loans: dict[int, Request] = {}  # by the number of the loan: fetch.py

@@ -22,6 +22,7 @@ class WatchedPolicy:
         self.inner = policy
         self.name = policy.name
         self.early = policy.early
+        self.by_deadline = policy.by_deadline
         self._story = story
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
@@ -131,8 +132,8 @@ class WatchedCore(Core):
         story.klass, story.tenant, story.session = request.klass, request.tenant, request.session
         story.ttft_slo_s, story.itl_slo_s = request.deadline - request.arrival, request.itl_s
         if request.rid in queue.waiting:
-            before = (request.late, request.deadline, request.rid)
-            story.ahead = sum((other.late, other.deadline, other.rid) < before for other in queue)
+            before = (request.late, request.turn, request.rid)
+            story.ahead = sum((other.late, other.turn, other.rid) < before for other in queue)
 
     def _follow(self, request: Request, event: ev.Event, now: float) -> None:
         """Attempts that end and begin. ``begin_attempt`` forgets the stamps, so they are taken after each event."""

@@ -44,7 +44,8 @@ class Part(NamedTuple):
 PARTS = (
     Part("nothing", "", {}),
     Part("late binding", "every request is committed to a worker when it comes, to wait there", {}),
-    Part("feasible first", "order by deadline alone: who cannot be in time stands before who can", {}),
+    Part("feasible first", "who cannot be in time keeps its place before who can", {}),
+    Part("slack", "order by deadline alone, feasible first: the longest prompts wait for all others", {}),
     Part("passing over", "where the first in order finds no worker all wait", {}),
     Part("waiting", "a worker with room is taken although a busy one will be earlier, for what it has cached", {}),
     Part("affinity", "where a prefix is cached plays no part in the choice; caches work on", {}),

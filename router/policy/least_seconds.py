@@ -36,7 +36,7 @@ MAX_COMMIT_S: Final = 0.150
 CLOCK_ERROR: Final = 1e-6  # seconds: more than sums of clock readings round off
 EVER_S: Final = 1e6
 WITHOUT: Final = (
-    "nothing", "late binding", "feasible first", "passing over", "waiting", "affinity", "decode ITL", "home",
+    "nothing", "late binding", "feasible first", "passing over", "waiting", "affinity", "decode ITL", "home", "slack",
 )  # fmt: skip
 PASSED = Passed()
 
@@ -65,6 +65,7 @@ class LeastSeconds:
         self._affinity = without != "affinity"
         self._mind_itl = without != "decode ITL"
         self._home = without != "home"
+        self.by_deadline = without == "slack"
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
         """Earliest predicted first token over all candidates with room."""

@@ -107,7 +107,7 @@ def _made(name: str, make: Callable[..., Policy], parameters: dict[str, Value]) 
         policy = make(**parameters)
     except TypeError as error:
         raise ConfigError(f"policy {name} does not take these parameters: {error}") from error
-    wanted = ("name", "early", "on_room", "decode_for", "needs", "next_room")
+    wanted = ("name", "early", "by_deadline", "on_room", "decode_for", "needs", "next_room")
     missing = [part for part in wanted if not hasattr(policy, part)]
     if missing:
         raise ConfigError(f"policy {name} lacks {', '.join(missing)}: see twinpool.router.policy.Policy")

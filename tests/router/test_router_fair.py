@@ -76,7 +76,7 @@ def test_a_tenant_far_ahead_comes_after_the_others_whatever_its_deadlines() -> N
     queue.push(waiting(3, 3.0, "modest"))
     queue.push(waiting(4, 4.0, "other"))
     assert order(queue) == [1, 2, 3, 4], "all had the same"
-    queue.charge(waiting(9, 0.0, "greedy"), 1.0, 0, round(QUANTUM))
+    queue.charge(waiting(9, 0.0, "greedy"), 1.0, 0, round(QUANTUM), 0.0)
     assert queue.mixed
     assert order(queue) == [3, 4, 1, 2]
 
@@ -86,7 +86,7 @@ def test_output_that_did_not_come_is_given_back() -> None:
     queue.push(waiting(1, 1.0, "a"))
     queue.push(waiting(2, 2.0, "b"))
     request = waiting(9, 0.0, "a")
-    queue.charge(request, 1.0, 0, round(QUANTUM))
+    queue.charge(request, 1.0, 0, round(QUANTUM), 0.0)
     assert order(queue) == [2, 1]
     request.emitted = 1
     queue.settle(request)
@@ -104,7 +104,7 @@ def test_classes_share_by_weight() -> None:
         request = queue.head()
         assert request is not None
         queue.remove(request)
-        queue.charge(request, 1.0, 0, 1)
+        queue.charge(request, 1.0, 0, 1, 0.0)
         served[request.rank] += 1
     assert served == [16, 6], "8 : 3"
 
@@ -144,7 +144,7 @@ def test_everybody_is_in_the_order_once(what: list[tuple[str, int, float]]) -> N
     queue = Queue(100)
     for rid, (tenant, rank, deadline) in enumerate(what):
         queue.push(waiting(rid, deadline, tenant, rank))
-        queue.charge(waiting(1000 + rid, 0.0, tenant, rank), deadline, 0, round(100 * deadline))
+        queue.charge(waiting(1000 + rid, 0.0, tenant, rank), deadline, 0, round(100 * deadline), 0.0)
     assert sorted(order(queue)) == list(range(len(what)))
     for rid in range(len(what)):
         assert queue.remove(queue.waiting[rid])
