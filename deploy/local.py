@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from twinpool.config import ClusterConfig, split_address
 from twinpool.config_load import to_yaml
+from twinpool.deploy.devices import deal, visible_gpus, worker_names
 from twinpool.deploy.process import Child, Log, RestartPolicy
 from twinpool.deploy.readiness import until_ready
 from twinpool.errors import ConfigError, Unavailable
@@ -28,7 +29,6 @@ from twinpool.proto.twinpool.v1.inference_pb2 import Finished
 
 GRACE_S = 5.0  # beyond draining: to close ports and leave
 POLL_S = 0.02
-ROLES = ("prefill", "decode", "both")
 
 T = TypeVar("T")
 
@@ -51,9 +51,9 @@ class LocalCluster:
     """Use it as an async context manager: on leaving, however that comes, no process is left."""
 
     def __init__(self, config: ClusterConfig, log: Log, command: tuple[str, ...] = ()) -> None:
-        pools = config.pools
-        if pools.prefill.workers + pools.decode.workers + pools.both.workers == 0:
+        if not worker_names(config):
             raise ConfigError("pools: no workers at all; give pools.prefill.workers and pools.decode.workers")
+        self._devices = deal(config, visible_gpus)
         self._config = _with_token(config)
         self._log = log
         self._command = command or (sys.executable, "-P", "-m", "twinpool.cli")
@@ -82,11 +82,10 @@ class LocalCluster:
         addresses = await self._unless_lost(self._router_listens())
         self._config = _with_addresses(self._config, addresses)  # a router that is restarted keeps its ports
         self._write_config()
-        for role in ROLES:
-            for number in range(getattr(self._config.pools, role).workers):
-                name = f"{role}-{number}"
-                join = ("--role", role, "--name", name, "--join", dialable(addresses.workers))
-                self._supervise(name, ("worker", *join))
+        for name, role in worker_names(self._config).items():
+            device = ("--set", f"worker.device={self._devices[name]}") if self._devices else ()
+            join = ("--role", role, "--name", name, "--join", dialable(addresses.workers))
+            self._supervise(name, ("worker", *join, *device))
         return addresses
 
     async def ready(self, addresses: Addresses) -> Finished:

@@ -162,19 +162,17 @@ class Request:
         self.give_up = give_up  # the caller's own deadline
         self.queue_until = queue_until
         self.emitted = resumed  # output tokens known, those the client brought along included
-        self.arrival = 0.0
+        self.arrival = self.turn = 0.0  # turn: its place in the queue: who has the least is first
         self.deadline = 0.0  # of the first token
         self.work_s = 0.0  # predicted seconds of its prompt with nothing cached and nobody beside it
-        self.turn = 0.0  # its place in the queue: who has the least is first
         self.phase = Phase.QUEUED
         self.attempts = self.moves = 0  # moves: of the attempts, those that went on at another decode worker
         self.losses = 0  # attempts lost by a fault (preemptions are not)
         self.shown = self.late = False  # late: its first token cannot come in time: it waits behind those that can
-        self.ended = ""
+        self.ended = self.backend = ""
         self.placed_at = self.first_at = self.finished_at = -1.0
         self.compute_s = 0.0
         self.kv_bytes = self.cached = 0
-        self.backend = ""
         self.expected_output = max_tokens  # tokens to come, predicted when it was queued
         self.expected: Expected | None = None  # of its first attempt
         self.charged_output = -1  # tokens that its tenant was charged for; -1: not served yet
