@@ -123,12 +123,13 @@ def _placed_sums(moved: Tensor, place: Place) -> Tensor:
     parts, length = moved.shape[1:]
     weights = sum_weights(((parts - 1) * place.stride + place.first + length) // 8, moved.device)
     each = weights.as_strided((parts, length // 4), (place.stride // 4, 1), place.first // 4)
-    return block_sums(moved.reshape(len(moved), -1).view(torch.int64), each.reshape(-1))
+    return block_sums(moved.reshape(len(moved), parts * length).view(torch.int64), each.reshape(-1))
 
 
 def _parts(rows: Rows) -> Tensor:
     cut = rows.cut
-    return rows.memory.view(len(rows.memory), cut.parts, -1)[:, :, cut.first : cut.first + cut.length]
+    part = rows.memory.shape[1] // cut.parts
+    return rows.memory.view(len(rows.memory), cut.parts, part)[:, :, cut.first : cut.first + cut.length]
 
 
 def layer_kv(pool: Tensor, dtype: torch.dtype, shape: tuple[int, int, int, int, int], layer: int) -> Tensor:

@@ -13,6 +13,7 @@ from tests.gpu.cuda_holder import BLOCKS, LAYOUT, CudaHolder, make_pool
 
 from twinpool.errors import TransferError
 from twinpool.workers.transfer.base import Peer
+from twinpool.workers.transfer.heads import HeadPool
 from twinpool.workers.transfer.pool import DevicePool
 from twinpool.workers.transfer.service import KVService, TransferConfig
 
@@ -41,13 +42,19 @@ async def service() -> AsyncIterator[KVService]:
     await service.close()
 
 
+def memory_of(service: KVService) -> torch.Tensor:
+    """All of its pool."""
+    assert isinstance(service._pool, HeadPool)
+    return service._pool.memory
+
+
 def by(peer: Peer, backend: str) -> Peer:
     return peer._replace(addresses={backend: peer.addresses[backend]})
 
 
 @pytest.mark.parametrize("backend", ["cuda_ipc", "tcp"])
 async def test_blocks_arrive_byte_for_byte(backend: str, holder: CudaHolder, service: KVService) -> None:
-    own = service._pool.memory
+    own = memory_of(service)
     sums = [holder.sums[i] for i in SOURCE]
     sums[3] ^= 1
     pulled = await service.pull(by(holder.peer, backend), SOURCE, TARGET, sums, 60)
@@ -73,11 +80,11 @@ async def test_a_killed_holder_leaves_the_receiver_whole(holder: CudaHolder, ser
     holder.kill()
     with pytest.raises(TransferError):
         await service.pull(holder.peer, everything, everything, holder.sums, 10)
-    assert torch.equal(service._pool.memory.cpu(), holder.data)
+    assert torch.equal(memory_of(service).cpu(), holder.data)
     with CudaHolder("cuda_ipc", "tcp", seed=2) as restarted:
         pulled = await service.pull(restarted.peer, everything, everything, restarted.sums, 60)
         assert (pulled.backend, pulled.bad) == ("cuda_ipc", ())
-        assert torch.equal(service._pool.memory.cpu(), restarted.data)
+        assert torch.equal(memory_of(service).cpu(), restarted.data)
 
 
 async def test_segments_that_grow_leave_the_next_backend(service: KVService, caplog: pytest.LogCaptureFixture) -> None:
@@ -96,7 +103,7 @@ async def test_two_services_of_one_process_share_too(service: KVService) -> None
     peer = Peer("giver", 1, giver.secret, giver.addresses, (0, LAYOUT.kv_heads))
     pulled = await service.pull(peer, SOURCE, TARGET, pool.checksums(SOURCE), 60)
     assert (pulled.backend, pulled.bad) == ("cuda_ipc", ())
-    assert torch.equal(service._pool.memory[TARGET], pool.memory[SOURCE])
+    assert torch.equal(memory_of(service)[TARGET], pool.memory[SOURCE])
     await giver.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from twinpool.workers.transfer.service import KVService, TransferConfig
 
 def test_the_least_recently_used_goes_first() -> None:
     groups, gone = Groups(2), list[str]()
-    first, second = (groups.seat(lambda name=name: gone.append(name)) for name in ("first", "second"))
+    first, second = (groups.seat(partial(gone.append, name)) for name in ("first", "second"))
     with pytest.raises(TransferError, match="all 2 process groups"):
         groups.seat(lambda: None)
     for seat in (first, second, first):

@@ -14,6 +14,7 @@ from tests.workers.kv_holder import HEADS, LINES, Holder, Holders, MemfdShare, b
 from twinpool.errors import ConfigError, TransferError
 from twinpool.workers.transfer import ipc
 from twinpool.workers.transfer.base import Peer
+from twinpool.workers.transfer.heads import HeadPool
 from twinpool.workers.transfer.pool import HostPool
 from twinpool.workers.transfer.service import KVService, TransferConfig
 from twinpool.workers.transfer.share import MOST_SAID, SHARES, CudaShare
@@ -52,13 +53,19 @@ async def service(share: MemfdShare) -> AsyncIterator[KVService]:
     assert share.mapped == 0
 
 
+def memory_of(service: KVService) -> torch.Tensor:
+    """All of its pool."""
+    assert isinstance(service._pool, HeadPool)
+    return service._pool.memory
+
+
 def whole(peer: Peer, first: int = 0, end: int = HEADS) -> Peer:
     """The peer, asked for these heads."""
     return peer._replace(heads=(first, end))
 
 
 async def test_blocks_arrive_byte_for_byte(holder: Holder, service: KVService) -> None:
-    own = service._pool.memory
+    own = memory_of(service)
     for count in (1, 7, BLOCKS):
         own.zero_()
         chosen = random.Random(count)
@@ -95,7 +102,7 @@ async def test_pulls_run_in_order(holder: Holder, service: KVService) -> None:
     peer = whole(holder.peer)
     pulls = [service.pull(peer, [i], [0], holder.sums[i : i + 1], 10) for i in range(12)]
     assert {pulled.bad for pulled in await asyncio.gather(*pulls)} == {()}
-    assert torch.equal(service._pool.memory[0], holder.data[11])
+    assert torch.equal(memory_of(service)[0], holder.data[11])
 
 
 @pytest.mark.parametrize("said", [b"/proc/self/fd/0 1", b"/proc/0/fd/0 1", b"x" * (MOST_SAID + 1)])
@@ -144,7 +151,7 @@ async def test_a_holder_killed_in_mid_pull_harms_nobody(
 ) -> None:
     """What is mapped stays: every block either verifies or is named; the next pull finds the peer gone."""
     monkeypatch.setattr(ipc, "PIECE_BYTES", BLOCK_BYTES)
-    own = service._pool.memory
+    own = memory_of(service)
     task = asyncio.create_task(service.pull(whole(holder.peer), ALL, ALL, holder.sums, 10))
     while not own[0].any():  # noqa: ASYNC110 - memory sets no event
         await asyncio.sleep(0)
@@ -160,7 +167,7 @@ async def test_a_restarted_holder_is_mapped_anew(holder: Holder, holders: Holder
     holder.kill()
     restarted = holders.start(BLOCKS, BLOCK_BYTES, BACKENDS, epoch=2, seed=2)
     assert (await service.pull(whole(restarted.peer), ALL, ALL, restarted.sums, 10)).bad == ()
-    assert torch.equal(service._pool.memory, restarted.data)
+    assert torch.equal(memory_of(service), restarted.data)
     stale = restarted.peer._replace(epoch=1)
     with pytest.raises(TransferError, match="has been restarted"):
         await service.pull(whole(stale), [0], [0], [0], 5)
@@ -177,7 +184,7 @@ async def test_a_cancelled_pull_has_ended_when_its_await_returns(
     holder: Holder, service: KVService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ipc, "PIECE_BYTES", BLOCK_BYTES)
-    own = service._pool.memory
+    own = memory_of(service)
     task = asyncio.create_task(service.pull(whole(holder.peer), ALL, ALL, holder.sums, 10))
     while not own[0].any():  # noqa: ASYNC110 - memory sets no event
         await asyncio.sleep(0)
@@ -191,11 +198,9 @@ async def test_a_cancelled_pull_has_ended_when_its_await_returns(
 
 async def test_heads_of_one_peer_have_lanes_of_their_own(holder: Holder, service: KVService) -> None:
     """Pulls of other heads neither go by another's blocks nor close its channel; dropping the peer ends them all."""
-    pool = service._pool
-    assert len(pool.memory) == BLOCKS
     pulls = [service.pull(whole(holder.peer, *ends), ALL, ALL, None, 10) for ends in ((0, 2), (2, 3), (3, 4))]
     found = [pulled.found for pulled in await asyncio.gather(*pulls)]
-    assert torch.equal(pool.memory, holder.data)
+    assert torch.equal(memory_of(service), holder.data)
     assert [sum(parts) % 2**64 for parts in zip(*found, strict=True)] == holder.sums
     assert len(service._lanes) == 3
     service.drop("holder")

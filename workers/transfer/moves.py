@@ -52,7 +52,7 @@ def pack(pool: CutPool, blocks: Sequence[int], slot: torch.Tensor) -> None:
         if packed.is_cuda:
             ops.gather_blocks(pool.memory, _numbers(pool, blocks), pool.cut, packed)
         else:
-            packed.view(len(blocks), pool.cut.parts, -1).copy_(_parts(pool)[list(blocks)])
+            packed.view(len(blocks), pool.cut.parts, pool.cut.length).copy_(_parts(pool)[list(blocks)])
 
 
 def unpack(pool: CutPool, slot: torch.Tensor, blocks: Sequence[int]) -> list[int]:

@@ -129,9 +129,8 @@ def _check_reach(uuid: bytes, device: torch.device) -> None:
     if index is None:
         said = name.decode("ascii", "replace")
         raise TransferError(f"this process does not see the KV peer's GPU {said}", reason="REFUSED")
-    here = torch.cuda.current_device() if device.index is None else device.index
-    if index != here and not torch.cuda.can_device_access_peer(here, index):
-        raise TransferError(f"GPU {here} cannot reach the memory of GPU {index}, the KV peer's", reason="REFUSED")
+    if index != device.index and not torch.cuda.can_device_access_peer(device, index):
+        raise TransferError(f"{device} cannot reach the memory of GPU {index}, the KV peer's", reason="REFUSED")
 
 
 @cache
