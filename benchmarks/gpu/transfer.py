@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
 from twinpool.workers.transfer import moves
@@ -166,7 +167,11 @@ def ipc_seconds(held: Held, pool: DevicePool, rounds: int) -> list[float]:
         ],
         rounds,
     )
-    for way in (lambda: moves.gather(pool, peer, pool.cut, *choice), lambda: copies(pool, peer, choice, sums=False)):
+    ways: list[Call] = [
+        lambda: moves.gather(pool, peer, pool.cut, *choice),
+        lambda: copies(pool, peer, choice, sums=False),
+    ]
+    for way in ways:
         pool.memory.zero_()
         torch.cuda.synchronize()
         way()
@@ -269,7 +274,7 @@ def nccl_refusal() -> str:
 def one_rank_seconds(block_bytes: int, rounds: int) -> float:
     """All slots of a transfer packed, passed through a communicator of one rank, and unpacked."""
     nccl: Any = dist.ProcessGroupNCCL
-    group = nccl(dist.HashStore(), 0, 1, nccl.Options())
+    group = nccl(c10d.HashStore(), 0, 1, nccl.Options())
     pool, choice = filled(block_bytes, "cuda:0"), chosen(POOL // block_bytes, block_bytes)
     slot = torch.empty(SLOT_BYTES, dtype=torch.uint8, device="cuda:0")
     step = SLOT_BYTES // block_bytes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from functools import partial
 
@@ -39,6 +41,29 @@ def test_the_least_recently_used_goes_first() -> None:
     first.leave()
     first.leave()
     assert len(groups) == 1
+
+
+class Owner:
+    """Has a seat that leads back to it, as a group's end does."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.seat = groups.seat(self.close)
+
+    def close(self) -> None:
+        self.seat.leave()
+
+
+def test_who_gives_a_seat_back_goes_at_once() -> None:
+    """And not when the garbage collector comes: a group holds descriptors."""
+    owner = Owner(Groups(2))
+    watched = weakref.ref(owner)
+    owner.close()
+    gc.disable()
+    try:
+        del owner
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module")

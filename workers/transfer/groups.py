@@ -81,6 +81,11 @@ class Seat:
     def leave(self) -> None:
         """Give it back. Idempotent."""
         self._groups.leave(self)
+        self.evict = _nothing  # it leads to the group, whose descriptors would wait for the garbage collector
+
+
+def _nothing() -> None:
+    pass
 
 
 GROUPS = Groups()

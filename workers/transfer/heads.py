@@ -45,7 +45,11 @@ class HeadPool:
         self.data = lines[:, :, heads.start - held.start : heads.stop - held.start]
         self.cut = self.cut_of(held)
         self.place = Place(layout.kv_heads * layout.line_bytes, heads.start * layout.line_bytes)
-        self._weights = None if pool.data.is_cuda else moves.host_weights(self.cut, self.place)
+        self._weights: moves.Weights | None = None
+        if pool.data.is_cuda:
+            moves.device_sums(self, [0])  # compiles the kernel, before the event loop needs it
+        else:
+            self._weights = moves.host_weights(self.cut, self.place)
 
     def part(self, heads: range) -> HeadPool:
         """The same pool by fewer heads. Raises ValueError for heads that it does not hold."""

@@ -20,7 +20,6 @@ from twinpool.kernels import ops
 from twinpool.kernels.reference import MASK_64, HeadRange, Place, Rows, sum_weights, unsigned
 
 HALF = 4  # bytes
-_PIECE = 1 << 14  # halves summed at a time on the host: 128 KiB once widened
 _threads = threading.local()
 
 Bytes = npt.NDArray[np.uint8]
@@ -84,6 +83,12 @@ def device_sums(pool: CutPool, blocks: Sequence[int]) -> list[int]:
         return unsigned(ops.sum_blocks(rows, len(blocks), pool.place))
 
 
+def warm(pool: CutPool) -> None:
+    """Compile what transfers of an empty pool on a GPU will run, before anybody waits for it."""
+    device_sums(pool, [0])
+    gather(pool, pool.memory, pool.cut, [0], [0])
+
+
 def host_weights(cut: HeadRange, place: Place) -> Weights:
     """Weights of the halves of a cut: int64 [parts, halves], for :func:`host_sums`."""
     words = ((cut.parts - 1) * place.stride + place.first + cut.length) // 8
@@ -97,21 +102,10 @@ def host_weights(cut: HeadRange, place: Place) -> Weights:
 def host_sums(rows: Bytes, blocks: Sequence[int], weights: Weights) -> list[int]:
     """Sums of blocks in host memory: ``rows`` uint8 [blocks, parts, bytes], with bytes that lie side by side.
 
-    Piece by piece, to stay in the cache; numpy lets other threads run meanwhile, and starts none.
+    numpy widens, weighs and adds in one pass without a copy, lets other threads run meanwhile, and starts none.
     """
     halves = rows.view(np.int32)
-    parts, length = weights.shape
-    step = max(1, _PIECE // length)
-    wide = np.empty((min(step, parts), length), dtype=np.int64)
-    sums = []
-    for block in blocks:
-        total = 0
-        for first in range(0, parts, step):
-            piece = halves[block, first : first + step]
-            np.copyto(wide[: len(piece)], piece)
-            total += int(np.dot(wide[: len(piece)].ravel(), weights[first : first + step].ravel()))
-        sums.append(total & MASK_64)
-    return sums
+    return [int(np.einsum("ph,ph->", halves[block], weights, dtype=np.int64)) & MASK_64 for block in blocks]
 
 
 def _numbers(pool: CutPool, blocks: Sequence[int]) -> torch.Tensor:

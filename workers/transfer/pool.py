@@ -133,10 +133,11 @@ class DevicePool:
             self.data = torch.zeros(blocks, block_bytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"{device} has no {format_bytes(size)} for KV: lower kv_memory") from error
-        if self.data.is_cuda:
-            torch.cuda.synchronize(self.data.device)  # zeroed before a transfer's stream writes to it
         self.memory = self.data
         self.cut, self.place = HeadRange(1, 0, block_bytes), Place(block_bytes, 0)
+        if self.data.is_cuda:
+            torch.cuda.synchronize(self.data.device)  # zeroed before a transfer's stream writes to it
+            moves.warm(self)
 
     def checksum(self, block: int) -> int:
         """``sum-64`` of one block."""
