@@ -14,30 +14,55 @@ import torch
 from torch import Tensor
 
 from twinpool.kernels import reference
-from twinpool.kernels.reference import HeadRange, Packed, head_range, layer_kv
+from twinpool.kernels.reference import HeadRange, Packed, Place, Rows, head_range, layer_kv
 
-__all__ = ["HeadRange", "Packed", "gather_blocks", "head_range", "layer_kv", "paged_decode", "paged_prefill",
-           "scatter_blocks"]  # fmt: skip
+__all__ = ["HeadRange", "Packed", "Place", "Rows", "copy_blocks", "gather_blocks", "head_range", "layer_kv",
+           "paged_decode", "paged_prefill", "scatter_blocks", "sum_blocks"]  # fmt: skip
 
 _INDEX = (torch.int32, torch.int64)
+
+
+def copy_blocks(source: Rows, target: Rows, count: int, place: Place) -> Tensor:
+    """Copy ``count`` blocks in one pass; the sum of each as it was written, int64 [count], every byte by its ``place``.
+
+    Both ends have as many parts, equally long; no row of the target comes twice. They may be on different GPUs, or in
+    another process's memory mapped here: the target's GPU copies. Raises ValueError where shapes do not fit or sizes
+    are no multiples of 8 bytes.
+    """
+    _check_rows(source, count, place)
+    _check_rows(target, count, place)
+    if source.cut[::2] != target.cut[::2]:
+        raise ValueError(f"{source.cut} cannot be copied to {target.cut}")
+    if not target.memory.is_cuda:
+        return reference.copy(source, target, count, place)
+    from twinpool.kernels import blocks as kernels
+
+    with torch.cuda.device(target.memory.device):  # triton launches on the current one, whatever its arguments are on
+        return kernels.copy(source, target, count, place)
+
+
+def sum_blocks(source: Rows, count: int, place: Place) -> Tensor:
+    """The sums of :func:`copy_blocks`, without copying. Raises as it does."""
+    _check_rows(source, count, place)
+    if not source.memory.is_cuda:
+        return reference.sums(source, count, place)
+    from twinpool.kernels import blocks as kernels
+
+    with torch.cuda.device(source.memory.device):
+        return kernels.sums(source, count, place)
 
 
 def gather_blocks(pool: Tensor, blocks: Tensor, cut: HeadRange | None = None, out: Tensor | None = None) -> Packed:
     """Pack rows ``blocks`` (int32 or int64 [n]) of ``pool`` uint8 [*, block_bytes], and sum each, in one pass.
 
     ``cut`` limits it to a range of heads (:func:`head_range`); ``out`` uint8 [n, packed bytes] is filled where given.
-    Raises ValueError where shapes do not fit or sizes are no multiples of 8 bytes.
+    The places of the sums are those in ``out``. Raises as :func:`copy_blocks` does.
     """
     cut = cut or HeadRange(1, 0, pool.shape[1])
     if out is None:
         out = pool.new_empty(blocks.shape[0], cut.packed_bytes)
-    _check_copy(pool, blocks, cut, out)
-    if not pool.is_cuda:
-        return Packed(out, reference.gather(pool, blocks, cut, out))
-    from twinpool.kernels import blocks as kernels
-
-    with torch.cuda.device(pool.device):  # triton launches on the current one, whatever its arguments are on
-        return Packed(out, kernels.gather(pool, blocks, cut, out))
+    packed, place = _packed(out, blocks, cut)
+    return Packed(out, copy_blocks(Rows(pool, blocks, cut), packed, blocks.shape[0], place))
 
 
 def scatter_blocks(packed: Packed, pool: Tensor, blocks: Tensor, cut: HeadRange | None = None) -> Tensor:
@@ -47,13 +72,8 @@ def scatter_blocks(packed: Packed, pool: Tensor, blocks: Tensor, cut: HeadRange 
     :func:`gather_blocks` gave where the blocks come from, for the same ``cut``. Raises as it does.
     """
     cut = cut or HeadRange(1, 0, pool.shape[1])
-    _check_copy(pool, blocks, cut, packed.data)
-    if not pool.is_cuda:
-        return reference.scatter(packed.data, pool, blocks, cut) == packed.sums
-    from twinpool.kernels import blocks as kernels
-
-    with torch.cuda.device(pool.device):
-        return kernels.scatter(packed.data, pool, blocks, cut) == packed.sums
+    source, place = _packed(packed.data, blocks, cut)
+    return copy_blocks(source, Rows(pool, blocks, cut), blocks.shape[0], place) == packed.sums
 
 
 def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> Tensor:
@@ -88,15 +108,26 @@ def paged_prefill(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, start
         return kernels.paged_prefill(q, kv, tables, contexts, starts, longest)
 
 
-def _check_copy(pool: Tensor, blocks: Tensor, cut: HeadRange, data: Tensor) -> None:
-    if any(tensor.dtype != torch.uint8 or not tensor.is_contiguous() for tensor in (pool, data)):
-        raise ValueError("the pool and the packed blocks must be contiguous bytes")
+def _packed(data: Tensor, blocks: Tensor, cut: HeadRange) -> tuple[Rows, Place]:
+    """Packed blocks as one end of a copy."""
     _check_numbers("blocks", blocks, blocks.numel())
-    if pool.dim() != 2 or data.shape != (blocks.shape[0], cut.packed_bytes):
+    if data.shape != (blocks.shape[0], cut.packed_bytes):
         raise ValueError(f"{list(data.shape)} packed bytes for {list(blocks.shape)} blocks of {cut}")
-    part, rest = divmod(pool.shape[1], cut.parts)
-    if rest or part % 8 or cut.first % 8 or cut.length % 8 or cut.first + cut.length > part:
-        raise ValueError(f"a block of {pool.shape[1]} bytes cannot be cut by {cut} into 64-bit words")
+    return Rows(data, None, HeadRange(cut.parts, 0, cut.length)), Place(cut.length, 0)
+
+
+def _check_rows(rows: Rows, count: int, place: Place) -> None:
+    memory, blocks, cut = rows
+    if memory.dtype != torch.uint8 or memory.dim() != 2 or not memory.is_contiguous():
+        raise ValueError("the pool and the packed blocks must be contiguous bytes")
+    if blocks is None and memory.shape[0] < count:
+        raise ValueError(f"{count} packed blocks cannot be among {memory.shape[0]}")
+    if blocks is not None:
+        _check_numbers("blocks", blocks, count)
+    part, rest = divmod(memory.shape[1], cut.parts)
+    sizes = (part, cut.first, cut.length, *place)
+    if rest or cut.length < 1 or cut.first + cut.length > part or any(size % 8 for size in sizes):
+        raise ValueError(f"a block of {memory.shape[1]} bytes cannot be cut by {cut} into 64-bit words at {place}")
 
 
 def _check_attention(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> None:

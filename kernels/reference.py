@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 MASK_64 = (1 << 64) - 1
+MASK_32 = (1 << 32) - 1
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the golden ratio times 2**64, odd, as torch and Triton write it: signed
 
 
 class HeadRange(NamedTuple):
@@ -24,11 +26,26 @@ class HeadRange(NamedTuple):
         return self.parts * self.length
 
 
+class Place(NamedTuple):
+    """Where the bytes that move lie in what is summed: part p of them begins at byte ``p * stride + first``."""
+
+    stride: int
+    first: int
+
+
 class Packed(NamedTuple):
     """Blocks one after another, and their checksums (as :func:`block_sums`, but signed: torch has no wider type)."""
 
     data: Tensor  # uint8 [blocks, packed bytes]
     sums: Tensor  # int64 [blocks]
+
+
+class Rows(NamedTuple):
+    """One end of a copy: ``cut`` of the rows ``blocks`` [n] of ``memory`` uint8 [*, bytes]; None: the first n rows."""
+
+    memory: Tensor
+    blocks: Tensor | None
+    cut: HeadRange
 
 
 def head_range(block_bytes: int, layers: int, heads: int, first: int, last: int) -> HeadRange:
@@ -46,44 +63,73 @@ def head_range(block_bytes: int, layers: int, heads: int, first: int, last: int)
 
 
 def sum_weights(words: int, device: torch.device | str) -> Tensor:
-    """Odd weights ``2 i + 1`` of the block checksum: int64 [words]."""
-    return torch.arange(words, device=device).mul_(2).add_(1)
+    """Odd weights of the halves of so many words, int64 [2 * words]: ``(x ^ x >> 32) | 1`` of ``x = (k + 1) * GOLDEN``.
 
-
-def block_sums(words: Tensor, weights: Tensor) -> list[int]:
-    """Checksums of blocks given as int64 [blocks, words]: ``sum of w[i] * (2 i + 1) mod 2**64``, as unsigned ints.
-
-    The odd weights are invertible, so any one changed word changes the sum, and so do most words that change places.
-    One parallel reduction, and one wait for the device.
+    The product alone is linear in the place k; folding its upper half into the lower one ends that.
     """
-    sums: list[int] = (words * weights).sum(dim=1).tolist()
-    return [value & MASK_64 for value in sums]
+    x = torch.arange(1, 2 * words + 1, device=device).mul_(GOLDEN)
+    return ((x >> 32) & MASK_32).bitwise_xor_(x).bitwise_or_(1)
+
+
+def block_sums(words: Tensor, weights: Tensor) -> Tensor:
+    """Checksums ``sum-64`` of blocks given as int64 [blocks, words]: int64 [blocks], the unsigned ones' bits.
+
+    A block is seen as 32-bit halves v[k], lower half of each word first, signed; its sum is that of ``v[k] * a[k]``
+    modulo 2**64 with the odd weights a[k] of :func:`sum_weights` (multilinear hashing; Carter and Wegman, 1979). Sums
+    of disjoint places add up to that of all.
+
+    Whatever changes within one half is always seen: it moves the sum by less than 2**32 times something odd. All else,
+    such as words or halves that change places, or one bit, the highest too, that flips in many words, goes unseen for
+    about one of 2**33 patterns: a change of v[k] that 2**31 divides still weighs with 33 bits of a[k].
+    """
+    return (words.contiguous().view(torch.int32).long() * weights).sum(dim=1)
+
+
+def unsigned(sums: Tensor) -> list[int]:
+    """Checksums as the frames have them; waits for the device."""
+    values: list[int] = sums.tolist()
+    return [value & MASK_64 for value in values]
 
 
 def packed_sums(data: Tensor) -> Tensor:
-    """Checksums of packed blocks, uint8 [blocks, bytes] -> int64 [blocks]: :func:`block_sums` without the wait."""
+    """Checksums of packed blocks, uint8 [blocks, bytes] -> int64 [blocks]."""
     words = data.view(torch.int64)
-    return (words * sum_weights(words.shape[1], words.device)).sum(dim=1)
+    return block_sums(words, sum_weights(words.shape[1], words.device))
 
 
-def gather(pool: Tensor, blocks: Tensor, cut: HeadRange, out: Tensor) -> Tensor:
-    """Pack ``cut`` of ``pool`` uint8 [*, block_bytes] rows ``blocks`` [n] into ``out`` uint8 [n, packed bytes].
-
-    Returns the checksums of what was packed, int64 [n].
-    """
-    parts = out.view(out.shape[0], cut.parts, cut.length)
-    torch.index_select(_parts(pool, cut), 0, blocks, out=parts)
-    return packed_sums(out)
-
-
-def scatter(data: Tensor, pool: Tensor, blocks: Tensor, cut: HeadRange) -> Tensor:
-    """The reverse of :func:`gather`: ``data`` uint8 [n, packed bytes] into the pool. Returns the sums of ``data``."""
-    _parts(pool, cut).index_copy_(0, blocks.long(), data.view(data.shape[0], cut.parts, cut.length))
-    return packed_sums(data)
+def copy(source: Rows, target: Rows, count: int, place: Place) -> Tensor:
+    """Copy ``count`` blocks; the sums of what moved, int64 [count]: each byte weighs by its ``place``."""
+    moved = _taken(source, count)
+    parts = _parts(target)
+    if target.blocks is None:
+        parts[:count] = moved
+    else:
+        parts.index_copy_(0, target.blocks.long(), moved)
+    return _placed_sums(moved, place)
 
 
-def _parts(pool: Tensor, cut: HeadRange) -> Tensor:
-    return pool.view(pool.shape[0], cut.parts, -1)[:, :, cut.first : cut.first + cut.length]
+def sums(source: Rows, count: int, place: Place) -> Tensor:
+    """The sums of :func:`copy`, without copying."""
+    return _placed_sums(_taken(source, count), place)
+
+
+def _taken(rows: Rows, count: int) -> Tensor:
+    parts = _parts(rows)
+    return parts[:count] if rows.blocks is None else parts.index_select(0, rows.blocks)
+
+
+def _placed_sums(moved: Tensor, place: Place) -> Tensor:
+    """``moved`` uint8 [blocks, parts, bytes]."""
+    parts, length = moved.shape[1:]
+    weights = sum_weights(((parts - 1) * place.stride + place.first + length) // 8, moved.device)
+    each = weights.as_strided((parts, length // 4), (place.stride // 4, 1), place.first // 4)
+    return block_sums(moved.reshape(len(moved), parts * length).view(torch.int64), each.reshape(-1))
+
+
+def _parts(rows: Rows) -> Tensor:
+    cut = rows.cut
+    part = rows.memory.shape[1] // cut.parts
+    return rows.memory.view(len(rows.memory), cut.parts, part)[:, :, cut.first : cut.first + cut.length]
 
 
 def layer_kv(pool: Tensor, dtype: torch.dtype, shape: tuple[int, int, int, int, int], layer: int) -> Tensor:

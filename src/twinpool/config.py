@@ -148,7 +148,9 @@ class SchedulingConfig(Section):
 class TransferConfig(Section):
     """How KV moves. ``auto`` takes the best that both ends have."""
 
-    backend: Literal["auto", "shm", "tcp", "gloo", "nccl"] = Field("auto", description="auto: the best both ends have")
+    backend: Literal["auto", "shm", "tcp", "gloo", "cuda_ipc", "nccl"] = Field(
+        "auto", description="auto: the best both ends have"
+    )
     listen: str = Field("127.0.0.1", min_length=1, description="address of a worker's KV server")
     timeout_ms: float = Field(10_000.0, gt=0, description="a transfer without progress for so long has failed")
 

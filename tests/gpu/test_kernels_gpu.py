@@ -31,6 +31,11 @@ def test_scatter(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_copy(seed: int) -> None:
+    cases.compare_copy(seed, "cuda")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_paged_decode(seed: int) -> None:
     cases.compare_decode(seed, "cuda")
 

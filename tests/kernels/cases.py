@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from twinpool.kernels import reference
-from twinpool.kernels.reference import HeadRange, head_range
+from twinpool.kernels.reference import HeadRange, Place, Rows, head_range
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 _NOT_A_BLOCK = 1 << 30  # stands in block tables where nothing may read it
@@ -99,25 +99,40 @@ def _tables(rng: random.Random, contexts: list[int], size: int) -> list[list[int
 
 
 def compare_gather(seed: int, device: str = "cpu") -> None:
-    from twinpool.kernels import blocks as kernels
-
-    case = copy_case(seed, device)
-    out = torch.zeros(len(case.blocks), case.cut.packed_bytes, dtype=torch.uint8, device=device)
-    expected = torch.zeros_like(out)
-    sums = kernels.gather(*case, out)
-    assert torch.equal(sums, reference.gather(*case, expected))
-    assert torch.equal(out, expected)
+    pool, blocks, cut = copy_case(seed, device)
+    out = torch.zeros(len(blocks), cut.packed_bytes, dtype=torch.uint8, device=device)
+    packed = Rows(out, None, HeadRange(cut.parts, 0, cut.length))
+    _compare_copy(Rows(pool, blocks, cut), packed, Place(cut.length, 0))
 
 
 def compare_scatter(seed: int, device: str = "cpu") -> None:
-    from twinpool.kernels import blocks as kernels
-
     pool, blocks, cut = copy_case(seed, device)
     data = torch.randint(0, 256, (len(blocks), cut.packed_bytes), dtype=torch.uint8).to(device)
-    expected = pool.clone()
-    sums = kernels.scatter(data, pool, blocks, cut)
-    assert torch.equal(sums, reference.scatter(data, expected, blocks, cut))
-    assert torch.equal(pool, expected)
+    _compare_copy(Rows(data, None, HeadRange(cut.parts, 0, cut.length)), Rows(pool, blocks, cut), Place(cut.length, 0))
+
+
+def compare_copy(seed: int, device: str = "cpu") -> None:
+    """From pool to pool, each holding other heads beside those that move, summed as heads of a wider block."""
+    rng = random.Random(seed)
+    pool, blocks, cut = copy_case(seed, device)
+    before, behind = (8 * rng.randint(0, 3) for _ in range(2))
+    line = before + cut.length + behind
+    target = torch.randint(0, 256, (len(pool) + 2, cut.parts * line), dtype=torch.uint8).to(device)
+    order = torch.tensor(rng.sample(range(len(target)), len(blocks)), dtype=torch.int32, device=device)
+    place = Place(cut.length + 8 * rng.randint(0, 4), 8 * rng.randint(0, 4))
+    _compare_copy(Rows(pool, blocks, cut), Rows(target, order, HeadRange(cut.parts, before, cut.length)), place)
+
+
+def _compare_copy(source: Rows, target: Rows, place: Place) -> None:
+    from twinpool.kernels import blocks as kernels
+
+    paged = source.blocks if source.blocks is not None else target.blocks
+    assert paged is not None
+    expected = target._replace(memory=target.memory.clone())
+    sums = reference.copy(source, expected, len(paged), place)
+    assert torch.equal(kernels.sums(source, len(paged), place), sums)
+    assert torch.equal(kernels.copy(source, target, len(paged), place), sums)
+    assert torch.equal(target.memory, expected.memory)
 
 
 def compare_decode(seed: int, device: str = "cpu") -> None:

@@ -10,8 +10,8 @@ import pytest
 from tests.kernels.conftest import Run
 
 STRIDES = ("q_stride", "q_head_stride", "block_stride", "value_stride", "head_stride", "token_stride")
-ALIGNED = ("pool", "packed", "q", "kv", "partial", "out", *STRIDES)
-MOVE = dict.fromkeys(("pool", "packed", "blocks", "sums"), "*i64")
+ALIGNED = ("source", "target", "q", "kv", "partial", "out", *STRIDES)
+MOVE = dict.fromkeys(("source", "target", "source_blocks", "target_blocks", "sums"), "*i64")
 ATTEND = {"q": "*bf16", "kv": "*bf16", "tables": "*i32", "contexts": "*i32", "scale": "fp32"}
 DECODE = ATTEND | {"partial": "*fp32", "sums": "*fp32"}
 PREFILL = ATTEND | {"starts": "*i32", "out": "*bf16"}
@@ -42,10 +42,16 @@ def compiled(module: str, name: str, types: Mapping[str, str], sizes: Mapping[st
     return ptx
 
 
-@pytest.mark.parametrize("gathers", [True, False])
+PAGES = [(True, False), pytest.param(False, True, marks=pytest.mark.full), (True, True)]
+
+
+@pytest.mark.parametrize(("from_pages", "to_pages"), PAGES)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2048), (64, 32)])
-def test_copies_move_16_bytes_at_a_time(gathers: bool, rows: int, columns: int, compiling: Run) -> None:
-    sizes = {"UNIT": 2, "GATHER": gathers, "ROWS": rows, "COLS": columns}
+def test_copies_move_16_bytes_at_a_time(
+    from_pages: bool, to_pages: bool, rows: int, columns: int, compiling: Run
+) -> None:
+    pages = {"FROM_PAGES": from_pages, "TO_PAGES": to_pages}
+    sizes = {"UNIT": 2, "STORE": True, "ROWS": rows, "COLS": columns} | pages
     ptx = str(compiling(compiled, "blocks", "_move", MOVE, sizes, 8))
     assert set(re.findall(r"st\.global[\w.]*", ptx)) == {"st.global.v2.b64"}
     assert len(re.findall(r"ld\.global\.v2\.b64", ptx)) == 2048 // (2 * 8 * 32)

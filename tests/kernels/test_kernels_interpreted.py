@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.kernels.cases import compare_decode, compare_gather, compare_prefill, compare_scatter
+from tests.kernels.cases import compare_copy, compare_decode, compare_gather, compare_prefill, compare_scatter
 from tests.kernels.conftest import Run
 
 pytestmark = pytest.mark.timeout(300)  # ends what hangs; a busy machine may take its time to start the interpreter
@@ -19,6 +19,11 @@ def test_gather(seed: int, interpreted: Run) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_scatter(seed: int, interpreted: Run) -> None:
     interpreted(compare_scatter, seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_copy(seed: int, interpreted: Run) -> None:
+    interpreted(compare_copy, seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

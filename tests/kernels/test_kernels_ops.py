@@ -11,7 +11,7 @@ import torch
 from tests.kernels.cases import assert_close, attention_case
 
 from twinpool.kernels import ops
-from twinpool.kernels.reference import MASK_64, block_sums, sum_weights
+from twinpool.kernels.reference import GOLDEN, MASK_64, HeadRange, Place, Rows, block_sums, sum_weights, unsigned
 from twinpool.workers.models.attention import PagedKv, Span
 from twinpool.workers.models.config import LlamaConfig
 
@@ -47,7 +47,65 @@ def test_sums_are_those_of_the_block_checksum() -> None:
     packed = ops.gather_blocks(pool, blocks)
     expected = block_sums(pool.view(torch.int64)[blocks], sum_weights(32, "cpu"))
     assert torch.equal(packed.data, pool[blocks])
-    assert [value & MASK_64 for value in packed.sums.tolist()] == expected
+    assert torch.equal(packed.sums, expected)
+    assert unsigned(packed.sums) == [slow_sum(bytes(pool[block].tolist())) for block in (4, 5, 1)]
+
+
+def slow_sum(block: bytes) -> int:
+    """``sum-64`` by its definition."""
+    total = 0
+    for k in range(len(block) // 4):
+        x = (k + 1) * GOLDEN & MASK_64
+        total += int.from_bytes(block[4 * k : 4 * k + 4], "little", signed=True) * ((x ^ x >> 32) | 1)
+    return total & MASK_64
+
+
+CONTENTS = {
+    "zeros": torch.zeros(4096, dtype=torch.int64),
+    "equal": torch.full((4096,), 0x3F803F803F803F80),
+    "random": torch.randint(-(1 << 62), 1 << 62, (4096,), generator=torch.Generator().manual_seed(5)),
+}
+TOP, MIDDLE = -(1 << 63), 1 << 31
+FLIPS = [(start, stop, step) for start in (0, 1, 2048) for stop, step in ((start + 2, 1), (start + 4, 1), (4096, 2))]
+
+
+@pytest.mark.parametrize("contents", CONTENTS)
+@pytest.mark.parametrize("mask", [TOP, MIDDLE, TOP | MIDDLE, 1, -1])
+def test_flips_of_a_bit_in_many_words_are_seen(mask: int, contents: str) -> None:
+    words = CONTENTS[contents]
+    damaged = words.repeat(len(FLIPS), 1)
+    for row, flip in zip(damaged, FLIPS, strict=True):
+        row[slice(*flip)] ^= mask
+    sums = block_sums(torch.cat((words[None], damaged)), sum_weights(4096, "cpu"))
+    assert len(set(sums.tolist())) == 1 + len(FLIPS)
+
+
+def test_words_and_halves_that_change_places_are_seen() -> None:
+    words = CONTENTS["random"]
+    halves = words.view(torch.int32)
+    swapped = [halves.clone() for _ in range(5)]
+    swapped[0][[0, 1]] = halves[[1, 0]]
+    swapped[1][[0, 1, 2, 3]] = halves[[2, 3, 0, 1]]
+    swapped[2][[100, 8000]] = halves[[8000, 100]]
+    swapped[3] = halves.roll(1)
+    swapped[4] = halves.flip(0)
+    sums = block_sums(torch.stack((halves, *swapped)).view(torch.int64), sum_weights(4096, "cpu"))
+    assert len(set(sums.tolist())) == 6
+
+
+def test_any_change_within_a_half_is_seen() -> None:
+    """The worst that can be: by a multiple of 2**31."""
+    words = torch.zeros(257, 256, dtype=torch.int64)
+    words[torch.arange(1, 257), torch.arange(256)] = MIDDLE
+    assert (block_sums(words, sum_weights(256, "cpu"))[1:] != 0).all()
+
+
+def test_sums_of_heads_add_up_to_those_of_the_block() -> None:
+    pool, blocks = random_pool(6, 512), torch.tensor([4, 5, 1])
+    whole = ops.sum_blocks(Rows(pool, blocks, HeadRange(1, 0, 512)), 3, Place(512, 0))
+    cuts = [HeadRange(4, 0, 40), HeadRange(4, 40, 8), HeadRange(4, 48, 80)]
+    parts = [ops.sum_blocks(Rows(pool, blocks, cut), 3, Place(128, cut.first)) for cut in cuts]
+    assert torch.equal(torch.stack(parts).sum(dim=0), whole)
 
 
 def test_a_changed_byte_does_not_verify() -> None:
@@ -89,6 +147,13 @@ def test_copies_that_do_not_fit_are_refused() -> None:
         ops.gather_blocks(pool, blocks, out=torch.empty(2, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match="contiguous bytes"):
         ops.gather_blocks(pool[:, :32], blocks)
+    whole, half = (Rows(pool, blocks, HeadRange(1, 0, length)) for length in (64, 32))
+    with pytest.raises(ValueError, match="cannot be copied"):
+        ops.copy_blocks(whole, half, 1, Place(64, 0))
+    with pytest.raises(ValueError, match="5 packed blocks"):
+        ops.copy_blocks(whole._replace(blocks=None), whole, 5, Place(64, 0))
+    with pytest.raises(ValueError, match="64-bit words at"):
+        ops.sum_blocks(whole, 1, Place(64, 4))
 
 
 def test_queries_that_do_not_fit_are_refused() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -18,9 +19,56 @@ from typing import Any, Self
 
 import torch
 
+from twinpool.errors import TransferError
 from twinpool.workers.transfer.base import Peer
+from twinpool.workers.transfer.heads import HeadPool
+from twinpool.workers.transfer.layout import BlockLayout
 from twinpool.workers.transfer.pool import HostPool
 from twinpool.workers.transfer.service import KVService, TransferConfig
+from twinpool.workers.transfer.share import SHARES, Mapped
+
+LINES, HEADS = 4, 4  # of blocks that are held by heads
+
+
+def by_heads(pool: HostPool, first: int = 0, end: int = HEADS) -> HeadPool:
+    """A pool as ``cuda_ipc`` takes it on a host: by heads, of which it holds some."""
+    held = range(first, end)
+    return HeadPool(pool, BlockLayout(LINES, HEADS, pool.block_bytes // (LINES * len(held))), held, held)
+
+
+class MemfdShare:
+    """Implements :class:`twinpool.workers.transfer.share.Share` for pools on a host: a handle names a memfd.
+
+    Like CUDA's, it is opened by another process without its owner's help, and good for nothing once that is gone.
+    """
+
+    def __init__(self, *pools: HostPool) -> None:
+        self._fds = {pool.data.data_ptr(): pool.fd for pool in pools}
+        self.mapped = 0  # and not closed
+
+    def export(self, memory: torch.Tensor) -> bytes:
+        """See ``Share``."""
+        path = f"/proc/{os.getpid()}/fd/{self._fds[memory.data_ptr()]}"
+        return f"{path} {os.stat(path).st_ino}".encode()  # noqa: PTH116 - of what it leads to
+
+    def open(self, said: bytes, size: int, device: torch.device) -> Mapped:
+        """See ``Share``."""
+        path, _, inode = said.decode().partition(" ")
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise TransferError(f"a handle that leads nowhere: {error.strerror}", reason="REFUSED") from error
+        try:
+            if os.fstat(fd).st_ino != int(inode):
+                raise TransferError("a handle of something else", reason="REFUSED")
+            mapping = mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+        finally:
+            os.close(fd)
+        self.mapped += 1
+        return Mapped(torch.frombuffer(mapping, dtype=torch.uint8), self._close)
+
+    def _close(self) -> None:
+        self.mapped -= 1
 
 
 def contents(blocks: int, block_bytes: int, seed: int) -> torch.Tensor:
@@ -90,10 +138,12 @@ class Holders:
 async def _serve(blocks: int, block_bytes: int, backends: list[str], epoch: int, seed: int) -> None:
     pool = HostPool(blocks, block_bytes)
     pool.data.copy_(contents(blocks, block_bytes, seed))
-    service = KVService(pool, TransferConfig(backends=tuple(backends)), "holder", epoch)
+    SHARES["cpu"] = MemfdShare(pool)
+    seen = by_heads(pool) if "cuda_ipc" in backends else pool
+    service = KVService(seen, TransferConfig(backends=tuple(backends)), "holder", epoch)
     await service.start()
     said = {"pid": os.getpid(), "secret": service.secret.hex(), "addresses": service.addresses}
-    print(json.dumps(said | {"sums": pool.checksums(range(blocks))}), flush=True)
+    print(json.dumps(said | {"sums": seen.checksums(range(blocks))}), flush=True)
     parent = os.getppid()
     while os.getppid() == parent:  # whoever started us may be killed, too  # noqa: ASYNC110
         await asyncio.sleep(0.5)

@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from twinpool.errors import ConfigError
+from twinpool.kernels.reference import sum_weights
 from twinpool.workers.transfer import memory
 from twinpool.workers.transfer.heads import HeadPool
 from twinpool.workers.transfer.layout import BlockLayout
@@ -82,8 +83,9 @@ def test_host_checksum_is_xxh3_of_the_block() -> None:
 def test_device_checksum_is_the_weighted_sum_of_words() -> None:
     pool = DevicePool(2, 64, "cpu")
     pool.data.random_(0, 256)
-    words = np.frombuffer(pool.data[1].numpy().tobytes(), dtype="<u8")
-    assert pool.checksum(1) == sum(int(word) * (2 * i + 1) for i, word in enumerate(words)) % 2**64
+    halves = np.frombuffer(pool.data[1].numpy().tobytes(), dtype="<i4")
+    weights = sum_weights(8, "cpu").tolist()
+    assert pool.checksum(1) == sum(int(half) * weight for half, weight in zip(halves, weights, strict=True)) % 2**64
 
 
 def test_device_checksum_sees_a_changed_byte_and_changed_places() -> None:
@@ -96,16 +98,31 @@ def test_device_checksum_sees_a_changed_byte_and_changed_places() -> None:
     assert pool.checksum(0) != whole
 
 
-@pytest.mark.parametrize("size", [1, 64, 128, 200, 1000])
-def test_sums_do_not_depend_on_how_many_are_made_at_a_time(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = DevicePool(6, 64, "cpu")
+def test_the_host_sums_as_the_device_does() -> None:
+    pool = DevicePool(6, 192, "cpu")
     pool.data.random_(0, 256)
-    heads = HeadPool(pool, BlockLayout(lines=2, kv_heads=4, line_bytes=8), range(4), range(4))
+    layout = BlockLayout(lines=6, kv_heads=4, line_bytes=8)
+    heads = HeadPool(pool, layout, range(4), range(4))
     blocks = [5, 0, 3, 1, 2]
-    expected = pool.checksums(blocks)
-    monkeypatch.setattr("twinpool.workers.transfer.pool.SLICE_BYTES", size)
-    assert pool.checksums(blocks) == heads.checksums(blocks) == expected
+    assert heads.checksums(blocks) == pool.checksums(blocks)
+    halves = [heads.part(range(*ends)).checksums(blocks) for ends in ((0, 1), (1, 4))]
+    assert [sum(both) % 2**64 for both in zip(*halves, strict=True)] == pool.checksums(blocks)
     assert pool.checksums([]) == heads.checksums([]) == []
+
+
+def test_blocks_packed_here_are_unpacked_there() -> None:
+    layout = BlockLayout(lines=6, kv_heads=4, line_bytes=8)
+    slot = torch.zeros(1000, dtype=torch.uint8)
+    for make in (HostPool, lambda blocks, size: DevicePool(blocks, size, "cpu")):
+        pools = [make(6, 192) for _ in range(2)]
+        pools[0].data.random_(0, 256)
+        whole = [HeadPool(pool, layout, range(4), range(4)) for pool in pools]
+        for source, target in (pools, whole, [pool.part(range(1, 3)) for pool in whole]):
+            pools[1].data.zero_()
+            source.pack([5, 0, 3], slot)
+            assert target.unpack(slot, [1, 4, 2]) == source.checksums([5, 0, 3])
+            assert torch.equal(target.data[[1, 4, 2]], source.data[[5, 0, 3]])
+            assert not pools[1].data[[0, 3, 5]].any()
 
 
 def test_device_blocks_pass_through_host_memory() -> None:

@@ -1,9 +1,9 @@
 """The seam for KV bytes: copy blocks of a peer's pool into ours, and verify each on arrival.
 
 Every transfer is a *pull* by the receiver, whatever moves the bytes. Two workers keep one authenticated *KV channel*
-per directed pair (a Unix or TCP connection dialled by the receiver): shared memory hands its handle over it once and
-copies one-sided ever after; TCP sends the bytes through it; collectives (gloo, NCCL) use it to rendezvous and to post
-both sides in one order. A dead peer is therefore seen at once, by its closed channel, on every backend.
+per directed pair (a Unix or TCP connection dialled by the receiver): shared memory and CUDA IPC hand their handle over
+it once and copy one-sided ever after; TCP sends the bytes through it; collectives (gloo, NCCL) use it to rendezvous and
+to post both sides in one order. A dead peer is therefore seen at once, by its closed channel, on every backend.
 """
 
 from __future__ import annotations

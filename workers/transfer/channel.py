@@ -27,8 +27,9 @@ from twinpool.errors import TransferError
 from twinpool.workers.transfer.base import WHOLE
 
 STALL_S = 5.0  # no byte for so long: the peer hangs
+MEET_S = 10.0  # for an accepted peer to make ready to move blocks; NCCL loads kernels and finds its ways first
 
-_MAGIC = b"tpkv\x00\x00\x00\x02"
+_MAGIC = b"tpkv\x00\x00\x00\x03"
 _HELLO = struct.Struct("<8s8sQHH32s")
 _ANSWER = struct.Struct("<B32s")
 _WELCOME = struct.Struct("<B32sQQ8sHH")
@@ -144,6 +145,16 @@ class Channel:
             return True
         return True
 
+    def gone(self) -> bool:
+        """Whether the peer is gone; it may have said something. Does not wait."""
+        try:
+            self.sock.settimeout(0.0)
+            return not self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return self._halt.stopped
+        except OSError:
+            return True
+
     def wait_for_request(self) -> bool:
         """Wait, however long, until the peer says something. False when it has closed the channel."""
         try:
@@ -166,6 +177,10 @@ class Channel:
         if isinstance(error, TimeoutError):
             return TransferError("the KV peer did not answer in time", reason="TIMEOUT")
         return TransferError(f"the connection to the KV peer broke: {error.strerror}", reason="PEER_GONE")
+
+    def cut(self) -> None:
+        """End whatever waits on it, at both ends; from any thread. It still has to be closed."""
+        _shutdown(self.sock)
 
     def close(self) -> None:
         """Idempotent."""

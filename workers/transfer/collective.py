@@ -1,20 +1,22 @@
 """Collectives: blocks travel packed in slots through a two-rank process group of torch, gloo on CPUs and NCCL on GPUs.
 
 Each KV channel has one group of its own, for one direction: the holder is rank 0, the receiver rank 1. The group meets
-over the channel itself (:class:`ChannelStore`), so neither end needs a rendezvous port that anybody could write to. A
-request fixes how many slots of which length follow, and both ends post them in that order. The channel tells of a
-peer's death at once, when the group itself would only time out; both are then dropped and made anew together.
+over the channel itself (rendezvous.py), so neither end needs a rendezvous port that anybody could write to. A request
+fixes how many slots of which length follow, and both ends post them in that order. The channel tells of a peer's death
+at once, when the group itself would only time out; both are then dropped and made anew together. No process has more
+than a fixed number of groups (groups.py). On GPUs packing, moving and unpacking go to a stream of their own (moves.py).
 
 The NCCL half follows torch's source and has not been run on GPUs by the authors.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, Protocol
@@ -24,48 +26,29 @@ import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
 from twinpool.errors import TransferError
-from twinpool.workers.transfer.channel import Channel, Geometry, close_fds
+from twinpool.workers.transfer.channel import MEET_S, Channel, Geometry, close_fds
+from twinpool.workers.transfer.groups import GROUPS
+from twinpool.workers.transfer.moves import side_stream
 from twinpool.workers.transfer.order import Order
 from twinpool.workers.transfer.pool import KvPool
+from twinpool.workers.transfer.rendezvous import ChannelStore
 from twinpool.workers.transfer.tcp import SERVE_S, receive_request, request_blocks
 
 SLOT_BYTES = 16 << 20
 MESSAGE_S = 4.0  # for one slot: a group whose peer hangs is released only after it
 HOLDER, RECEIVER = 0, 1
 
-_ITEM = struct.Struct("<HH")  # lengths of a store's key and value
-_MAX_KEY, _MAX_VALUE = 256, 8192
+# What torch reads when it makes the first communicator. Left alone its threads end the process when a peer dies, tell
+# the other rank by the store, which here is the KV channel, or wait half an hour for a communicator to stand.
+_NCCL_SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_NONBLOCKING_TIMEOUT": str(int(MEET_S)),
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "0",
+}
+_log = logging.getLogger(__name__)
 _LOOK_S = 0.02  # how often a waiting receiver looks whether the peer still lives
-
-
-class ChannelStore(c10d.Store):
-    """torch's rendezvous over a KV channel that nobody else uses meanwhile: what one end sets, the other can get."""
-
-    def __init__(self, channel: Channel) -> None:
-        super().__init__()
-        self._channel = channel
-        self._items: dict[str, bytes] = {}
-
-    def set(self, key: str, value: str | bytes) -> None:
-        """Keep the value and tell the peer."""
-        name, data = key.encode(), value.encode() if isinstance(value, str) else value
-        self._items[key] = data
-        self._channel.send(_ITEM.pack(len(name), len(data)), name, data)
-
-    def get(self, key: str) -> bytes:
-        """The value, waited for if need be. Raises ``TransferError`` when it does not come in time."""
-        while key not in self._items:
-            key_size, value_size = _ITEM.unpack(self._channel.recv(_ITEM.size))
-            if key_size > _MAX_KEY or value_size > _MAX_VALUE:
-                raise TransferError("the KV peer sends nonsense", reason="REFUSED")
-            name = self._channel.recv(key_size).decode("ascii", "replace")
-            self._items[name] = self._channel.recv(value_size)
-        return self._items[key]
-
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Return when all keys are there; the channel's deadline holds."""
-        for key in keys:
-            self.get(key)
 
 
 class Group(Protocol):
@@ -80,7 +63,7 @@ class Group(Protocol):
         ...
 
     def close(self) -> None:
-        """Abort what is posted."""
+        """Abort what is posted; nobody waits on the group. Idempotent."""
         ...
 
 
@@ -96,6 +79,7 @@ class GlooGroup:
         self._store = ChannelStore(channel)  # kept: the group knows only its C++ half
         store = c10d.PrefixStore(channel.session.hex(), self._store)
         self._group = gloo(store, rank, 2, options)
+        self._store.seal()
 
     def send(self, slot: torch.Tensor, tag: int, channel: Channel) -> None:
         """See :class:`Group`."""
@@ -123,42 +107,62 @@ class GlooGroup:
 
 
 class NcclGroup:
-    """Two ranks over NCCL, with few CTAs: transfers leave the GPU's multiprocessors to the model."""
+    """Two ranks over NCCL, with few CTAs: transfers leave the GPU's multiprocessors to the model.
+
+    Nothing blocks: the communicator is made in the background and aborted from here. A first message goes both ways
+    before any block does: what cannot work (two ranks on one GPU, say) shows while another backend can be tried.
+    """
 
     def __init__(self, channel: Channel, rank: int, device: torch.device) -> None:
-        # NCCL's watchdog would take the process down when a peer dies
-        os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+        os.environ.update(_NCCL_SETTINGS)
         nccl: Any = dist.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = timedelta(seconds=MESSAGE_S)
         options.config.blocking = 0
         options.config.min_ctas, options.config.max_ctas = 1, 4
-        self._store = ChannelStore(channel)
+        self._closed = False
+        self._store = ChannelStore(channel)  # kept: the group knows only its C++ half
         store = c10d.PrefixStore(channel.session.hex(), self._store)
         self._group = nccl(store, rank, 2, options)
-        self._group._set_sequence_number_for_group()
-        self._group.eager_connect_single_device(device)
-        self._stream = torch.cuda.Stream(device)
+        try:
+            self._group._set_sequence_number_for_group()
+            self._group.eager_connect_single_device(device)
+            self._store.seal()
+            first = torch.zeros(8, dtype=torch.uint8, device=device)
+            for sender in (RECEIVER, HOLDER):
+                move = self._group.send if sender == rank else self._group.recv
+                self._wait(move([first], 1 - rank, 0), channel)
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, slot: torch.Tensor, tag: int, channel: Channel) -> None:
         """See :class:`Group`; the tag is of no use, NCCL matches by order."""
-        torch.cuda.current_stream(slot.device).synchronize()
-        with torch.cuda.stream(self._stream):
+        try:
             self._wait(self._group.send([slot], RECEIVER, tag), channel)
+        except RuntimeError as error:
+            raise TransferError(f"NCCL: {error}", reason="PEER_GONE") from error
 
     def recv(self, slot: torch.Tensor, count: int, tag: int, channel: Channel) -> None:
         """See :class:`Group`; both lengths must be equal."""
-        with torch.cuda.stream(self._stream):
+        try:
             self._wait(self._group.recv([slot[:count]], HOLDER, tag), channel)
+        except RuntimeError as error:
+            raise TransferError(f"NCCL: {error}", reason="PEER_GONE") from error
 
     def close(self) -> None:
-        """Abort: destroying a communicator whose peer is gone would wait for it."""
-        self._group.abort()
+        """Abort: destroying a communicator whose peer is gone would wait for it. Takes ``MESSAGE_S`` at most."""
+        if not self._closed:
+            self._closed = True
+            try:
+                self._group.abort()
+            except RuntimeError as error:
+                _log.warning("NCCL: a communicator could not be aborted: %s", error)
 
     def _wait(self, work: dist.Work, channel: Channel) -> None:
         work.wait()  # makes the stream wait, not this thread
         event = torch.cuda.Event()
-        event.record(self._stream)
+        event.record()
         deadline = time.monotonic() + MESSAGE_S
         while not event.query():
             check_peer(channel)
@@ -174,44 +178,73 @@ class CollectiveSource:
         close_fds(fds)
         self.channel = channel
         self._blocks = geometry.blocks
-        self._slot = make_slot(pool)
+        self._end = GroupEnd(backend, channel, RECEIVER, pool)
         self._sequence = 0
-        self._group = make_group(backend, channel, RECEIVER, pool)
 
     def fetch(self, order: Order) -> None:
         """Ask for all blocks; unpack and verify them slot by slot."""
         order.check_source(self._blocks)
         self._sequence += 1
-        request_blocks(self.channel, self._sequence, order.source)
-        size = order.pool.block_bytes
         offset = 0
-        for tag, part in enumerate(slots(order.target, size)):
-            self._group.recv(self._slot, len(part) * size, tag, self.channel)
-            packed = self._slot[: len(part) * size].view(len(part), *order.pool.data.shape[1:])
-            order.pool.data.index_copy_(0, torch.tensor(part, device=packed.device), packed)
-            order.verify(offset, part)
-            offset += len(part)
+        with self._end.used():
+            request_blocks(self.channel, self._sequence, order.source)
+            for tag, part in enumerate(slots(order.target, order.pool.block_bytes)):
+                self._end.group.recv(self._end.slot, len(part) * order.pool.block_bytes, tag, self.channel)
+                order.found[offset : offset + len(part)] = order.pool.unpack(self._end.slot, part)
+                offset += len(part)
 
     def close(self) -> None:
         """Abort the group and hang up."""
         self.channel.close()
-        self._group.close()
+        self._end.close()
 
 
 def serve_collective(channel: Channel, pool: KvPool, backend: str) -> None:
     """Holder's end: answer requests until the receiver hangs up. Raises ``TransferError`` when it misbehaves."""
-    group = make_group(backend, channel, HOLDER, pool)
-    slot = make_slot(pool)
+    end = GroupEnd(backend, channel, HOLDER, pool)
     try:
         while channel.wait_for_request():
             channel.deadline = time.monotonic() + SERVE_S
-            for tag, part in enumerate(slots(receive_request(channel, pool.blocks), pool.block_bytes)):
-                packed = slot[: len(part) * pool.block_bytes]
-                rows = packed.view(len(part), *pool.data.shape[1:])
-                torch.index_select(pool.data, 0, torch.tensor(part, device=packed.device), out=rows)
-                group.send(packed, tag, channel)
+            with end.used():
+                for tag, part in enumerate(slots(receive_request(channel, pool.blocks), pool.block_bytes)):
+                    pool.pack(part, end.slot)
+                    end.group.send(end.slot[: len(part) * pool.block_bytes], tag, channel)
     finally:
-        group.close()
+        end.close()
+
+
+class GroupEnd:
+    """One end of a group: its slot, its seat among the groups of this process, the stream that it works on.
+
+    Raises ``TransferError`` when there is no seat or no group.
+    """
+
+    def __init__(self, backend: str, channel: Channel, rank: int, pool: KvPool) -> None:
+        self._device = pool.data.device
+        self._channel = channel
+        self._seat = GROUPS.seat(self._evicted)
+        try:
+            with self._seat, side_stream(self._device):
+                self.slot = make_slot(pool)
+                self.group = make_group(backend, channel, rank, pool)
+        except BaseException:
+            self._seat.leave()
+            raise
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """While slots move. Raises ``TransferError`` when the group has been closed in favour of others."""
+        with self._seat, side_stream(self._device):
+            yield
+
+    def close(self) -> None:
+        """Abort the group. Idempotent."""
+        self._seat.leave()
+        self.group.close()
+
+    def _evicted(self) -> None:
+        self._channel.cut()
+        self.group.close()
 
 
 def slots(blocks: Sequence[int], block_bytes: int) -> Iterator[Sequence[int]]:
@@ -241,7 +274,7 @@ def make_group(backend: str, channel: Channel, rank: int, pool: KvPool) -> Group
 def check_peer(channel: Channel) -> None:
     """Raises ``TransferError`` when the peer is gone or the time is over."""
     channel.arm()
-    if channel.lost():
+    if channel.gone():
         raise TransferError("the KV peer closed the connection", reason="PEER_GONE")
 
 

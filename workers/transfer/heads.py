@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 
 from twinpool.errors import ConfigError
-from twinpool.kernels.reference import block_sums, sum_weights
+from twinpool.kernels.reference import HeadRange, Place
+from twinpool.workers.transfer import moves
 from twinpool.workers.transfer.layout import BlockLayout
-from twinpool.workers.transfer.pool import Bytes2D, DevicePool, HostPool, slices
+from twinpool.workers.transfer.pool import Bytes2D, DevicePool, HostPool
 
 WORD = 8  # bytes
 
@@ -39,12 +40,16 @@ class HeadPool:
         self._pool = pool
         self._parts: dict[range, HeadPool] = {}
         self.fd = pool.fd if isinstance(pool, HostPool) else None
+        self.memory = pool.data  # all of the pool: uint8 [blocks, bytes of the held heads]
         lines = pool.data.view(pool.blocks, layout.lines, len(held), layout.line_bytes)
         self.data = lines[:, :, heads.start - held.start : heads.stop - held.start]
-        words = layout.line_bytes // WORD
-        weights = sum_weights(layout.block_bytes(layout.kv_heads) // WORD, pool.data.device)
-        by_head = weights.view(layout.lines, layout.kv_heads, words)
-        self._weights = by_head[:, heads.start : heads.stop].reshape(-1)
+        self.cut = self.cut_of(held)
+        self.place = Place(layout.kv_heads * layout.line_bytes, heads.start * layout.line_bytes)
+        self._weights: moves.Weights | None = None
+        if pool.data.is_cuda:
+            moves.device_sums(self, [0])  # compiles the kernel, before the event loop needs it
+        else:
+            self._weights = moves.host_weights(self.cut, self.place)
 
     def part(self, heads: range) -> HeadPool:
         """The same pool by fewer heads. Raises ValueError for heads that it does not hold."""
@@ -58,15 +63,15 @@ class HeadPool:
         """Whether all of ``heads`` are held here."""
         return self.held.start <= heads.start < heads.stop <= self.held.stop
 
+    def cut_of(self, held: range) -> HeadRange:
+        """Our heads in a row of a pool that holds ``held``, all of ours among them."""
+        line = self.layout.line_bytes
+        return HeadRange(self.layout.lines, (self.heads.start - held.start) * line, len(self.heads) * line)
+
     def rows_of(self, rows: Bytes2D, held: range) -> npt.NDArray[np.uint8]:
         """Our heads in a peer's pool: its ``rows`` uint8 [blocks, bytes] hold ``held``, all of ours among them."""
         lines = rows.reshape(len(rows), self.layout.lines, len(held), self.layout.line_bytes)
         return lines[:, :, self.heads.start - held.start : self.heads.stop - held.start]
-
-    @property
-    def memory(self) -> torch.Tensor:
-        """All of the pool: uint8 [blocks, bytes of the held heads]."""
-        return self._pool.data
 
     @property
     def rows(self) -> npt.NDArray[np.uint8]:
@@ -80,15 +85,15 @@ class HeadPool:
 
     def checksums(self, blocks: Sequence[int]) -> list[int]:
         """The heads' part of the sums of several blocks."""
-        sums: list[int] = []
-        for some in slices(blocks, self.block_bytes):
-            packed = self.data[torch.tensor(some, device=self.data.device)]
-            sums += block_sums(packed.reshape(len(some), -1).view(torch.int64), self._weights)
-        return sums
+        if self._weights is None:
+            return moves.device_sums(self, blocks)
+        rows = self.memory.numpy().reshape(self.blocks, self.cut.parts, -1)
+        return moves.host_sums(rows[:, :, self.cut.first : self.cut.first + self.cut.length], blocks, self._weights)
 
     def outgoing(self, first: int, count: int) -> memoryview:
         """A packed copy in host memory, the caller's own."""
-        packed = self.data[first : first + count].contiguous().cpu()
+        with moves.side_stream(self.data.device):
+            packed = self.data[first : first + count].contiguous().cpu()
         return packed.view(-1).numpy().data
 
     def incoming(self, first: int, count: int) -> memoryview:
@@ -98,4 +103,17 @@ class HeadPool:
     def landed(self, first: int, count: int, view: memoryview) -> None:
         """Unpack the landing buffer into the blocks."""
         place = self.data[first : first + count]
-        place.copy_(torch.frombuffer(view, dtype=torch.uint8).view(place.shape))
+        with moves.side_stream(self.data.device):
+            place.copy_(torch.frombuffer(view, dtype=torch.uint8).view(place.shape))
+
+    def pack(self, blocks: Sequence[int], slot: torch.Tensor) -> None:
+        """See :class:`~twinpool.workers.transfer.pool.KvPool`."""
+        moves.pack(self, blocks, slot)
+
+    def unpack(self, slot: torch.Tensor, blocks: Sequence[int]) -> list[int]:
+        """See :class:`~twinpool.workers.transfer.pool.KvPool`."""
+        if self._weights is None:
+            return moves.unpack(self, slot, blocks)
+        packed = slot[: len(blocks) * self.block_bytes].view(len(blocks), *self.data.shape[1:])
+        self.data.index_copy_(0, torch.tensor(blocks), packed)
+        return self.checksums(blocks)

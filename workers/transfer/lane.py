@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from twinpool.errors import TransferError
 from twinpool.workers.transfer.base import Peer, Pulled
-from twinpool.workers.transfer.channel import Channel, Geometry, Halt, Hello, close_fds, greet, tune
+from twinpool.workers.transfer.channel import MEET_S, Channel, Geometry, Halt, Hello, close_fds, greet, tune
 from twinpool.workers.transfer.collective import CollectiveSource
 from twinpool.workers.transfer.heads import HeadPool
+from twinpool.workers.transfer.ipc import IpcSource
 from twinpool.workers.transfer.order import Order, Source
 from twinpool.workers.transfer.pool import KvPool
 from twinpool.workers.transfer.server import same_user
@@ -25,11 +26,13 @@ from twinpool.workers.transfer.tcp import TcpSource
 
 CONNECT_S = 2.0  # for one backend to connect and authenticate; then the next is tried
 IDLE_S = 60.0  # a channel that is not used for so long is closed
+LOCAL = ("shm", "cuda_ipc")  # over a Unix socket: whatever answers there is on this host, and of this user
 
 _log = logging.getLogger(__name__)
 
 SOURCES: dict[str, Callable[[Channel, Geometry, list[int], KvPool], Source]] = {
     "shm": ShmSource,
+    "cuda_ipc": IpcSource,
     "tcp": TcpSource,
     "gloo": partial(CollectiveSource, backend="gloo"),
     "nccl": partial(CollectiveSource, backend="nccl"),
@@ -126,7 +129,7 @@ class Lane:
             if self._halt.stopped:
                 break
             try:
-                self._source = self._connect(peer, backend, min(deadline, time.monotonic() + CONNECT_S))
+                self._source = self._connect(peer, backend, deadline)
             except TransferError as error:
                 _log.warning("no KV channel to %s by %s: %s", peer.worker, backend, error)
                 failures.append(f"{backend}: {error}")
@@ -137,13 +140,15 @@ class Lane:
         raise TransferError(f"no KV channel to {peer.worker} ({why})", reason="NO_CHANNEL")
 
     def _connect(self, peer: Peer, backend: str, deadline: float) -> Source:
-        channel = dial(backend, peer.addresses[backend], self._halt, deadline)
+        soon = min(deadline, time.monotonic() + CONNECT_S)
+        channel = dial(backend, peer.addresses[backend], self._halt, soon)
         try:
             geometry, fds = greet(channel, Hello(backend, peer.epoch, peer.heads), peer.secret)
             own = _expected(self._pool, geometry)
             if geometry != own:
                 close_fds(fds)
                 raise TransferError(f"the peer's KV blocks are {geometry[1:]}, ours {own[1:]}", reason="REFUSED")
+            channel.deadline = min(deadline, time.monotonic() + MEET_S)
             return SOURCES[backend](channel, geometry, fds, self._pool)
         except TransferError:
             channel.close()
@@ -166,14 +171,14 @@ def _expected(pool: KvPool, theirs: Geometry) -> Geometry:
 
 
 def dial(backend: str, address: str, halt: Halt, deadline: float) -> Channel:
-    """Connect to a KV server; ``address`` is a path for ``shm``, else host:port. Raises ``TransferError``."""
-    family = socket.AF_UNIX if backend == "shm" else socket.AF_INET6 if address.startswith("[") else socket.AF_INET
+    """Connect to a KV server; ``address`` is a path for ``LOCAL`` ones, else host:port. Raises ``TransferError``."""
+    family = socket.AF_UNIX if backend in LOCAL else socket.AF_INET6 if address.startswith("[") else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     channel = Channel(sock, halt, deadline)
     try:
         channel.arm()
         tune(sock)
-        sock.connect(address if backend == "shm" else split_address(address))
+        sock.connect(address if backend in LOCAL else split_address(address))
         if not same_user(sock):
             raise TransferError("the KV socket belongs to another user", reason="REFUSED")
         return channel

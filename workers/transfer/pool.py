@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,10 +19,9 @@ import torch
 import xxhash
 
 from twinpool.errors import ConfigError
-from twinpool.kernels.reference import block_sums, sum_weights
+from twinpool.kernels.reference import HeadRange, Place
+from twinpool.workers.transfer import moves
 from twinpool.workers.transfer.memory import available_bytes, format_bytes
-
-SLICE_BYTES = 64 << 20  # summed at a time: a sum needs twice that beside a pool that may fill the device
 
 Bytes2D = npt.NDArray[np.uint8]
 
@@ -56,6 +55,14 @@ class KvPool(Protocol):
 
     def landed(self, first: int, count: int, view: memoryview) -> None:
         """``view``, got from :meth:`incoming` of the same blocks, is filled."""
+        ...
+
+    def pack(self, blocks: Sequence[int], slot: torch.Tensor) -> None:
+        """Copy blocks one after another to the front of ``slot`` uint8 [bytes], on the pool's device."""
+        ...
+
+    def unpack(self, slot: torch.Tensor, blocks: Sequence[int]) -> list[int]:
+        """The reverse of :meth:`pack`; returns the sums of what is there now."""
         ...
 
 
@@ -93,6 +100,18 @@ class HostPool:
     def landed(self, first: int, count: int, view: memoryview) -> None:
         """Nothing to do: the bytes were received in place."""
 
+    def pack(self, blocks: Sequence[int], slot: torch.Tensor) -> None:
+        """See :class:`KvPool`."""
+        torch.index_select(self.data, 0, torch.tensor(blocks), out=self._in_slot(slot, len(blocks)))
+
+    def unpack(self, slot: torch.Tensor, blocks: Sequence[int]) -> list[int]:
+        """See :class:`KvPool`."""
+        self.data.index_copy_(0, torch.tensor(blocks), self._in_slot(slot, len(blocks)))
+        return self.checksums(blocks)
+
+    def _in_slot(self, slot: torch.Tensor, count: int) -> torch.Tensor:
+        return slot[: count * self.block_bytes].view(count, self.block_bytes)
+
     def close(self) -> None:
         """Close the descriptor; the memory goes when the last tensor, view and peer let go of it. Idempotent."""
         if self.fd >= 0:
@@ -114,23 +133,24 @@ class DevicePool:
             self.data = torch.zeros(blocks, block_bytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"{device} has no {format_bytes(size)} for KV: lower kv_memory") from error
-        self._words = self.data.view(torch.int64)
-        self._weights = sum_weights(block_bytes // 8, device)
+        self.memory = self.data
+        self.cut, self.place = HeadRange(1, 0, block_bytes), Place(block_bytes, 0)
+        if self.data.is_cuda:
+            torch.cuda.synchronize(self.data.device)  # zeroed before a transfer's stream writes to it
+            moves.warm(self)
 
     def checksum(self, block: int) -> int:
-        """Weighted 64-bit sum of one block."""
+        """``sum-64`` of one block."""
         return self.checksums([block])[0]
 
     def checksums(self, blocks: Sequence[int]) -> list[int]:
-        """Sums of several blocks, with one wait for the device for each 64 MiB of them."""
-        sums: list[int] = []
-        for some in slices(blocks, self.block_bytes):
-            sums += block_sums(self._words[torch.tensor(some, device=self._words.device)], self._weights)
-        return sums
+        """Sums of several blocks, with one wait for the device."""
+        return moves.device_sums(self, blocks)
 
     def outgoing(self, first: int, count: int) -> memoryview:
         """A copy in host memory, the caller's own."""
-        return self.data[first : first + count].cpu().view(-1).numpy().data
+        with moves.side_stream(self.data.device):
+            return self.data[first : first + count].cpu().view(-1).numpy().data
 
     def incoming(self, first: int, count: int) -> memoryview:
         """A landing buffer in host memory, the caller's own."""
@@ -138,14 +158,16 @@ class DevicePool:
 
     def landed(self, first: int, count: int, view: memoryview) -> None:
         """Copy the landing buffer into the blocks."""
-        self.data[first : first + count].view(-1).copy_(torch.frombuffer(view, dtype=torch.uint8))
+        with moves.side_stream(self.data.device):
+            self.data[first : first + count].view(-1).copy_(torch.frombuffer(view, dtype=torch.uint8))
 
+    def pack(self, blocks: Sequence[int], slot: torch.Tensor) -> None:
+        """See :class:`KvPool`."""
+        moves.pack(self, blocks, slot)
 
-def slices(blocks: Sequence[int], block_bytes: int) -> Iterator[Sequence[int]]:
-    """``blocks`` by at most ``SLICE_BYTES``, but at least one, at a time."""
-    count = max(1, SLICE_BYTES // block_bytes)
-    for first in range(0, len(blocks), count):
-        yield blocks[first : first + count]
+    def unpack(self, slot: torch.Tensor, blocks: Sequence[int]) -> list[int]:
+        """See :class:`KvPool`."""
+        return moves.unpack(self, slot, blocks)
 
 
 def open_pool(blocks: int, block_bytes: int, device: str = "cpu") -> HostPool | DevicePool:

@@ -13,9 +13,10 @@ from functools import partial
 
 from twinpool.errors import TransferError
 from twinpool.workers.transfer.base import WHOLE
-from twinpool.workers.transfer.channel import Channel, Halt, Hello, Welcomer, tune
+from twinpool.workers.transfer.channel import MEET_S, Channel, Halt, Hello, Welcomer, tune
 from twinpool.workers.transfer.collective import serve_collective
 from twinpool.workers.transfer.heads import HeadPool
+from twinpool.workers.transfer.ipc import serve_ipc
 from twinpool.workers.transfer.pool import KvPool
 from twinpool.workers.transfer.shm import serve_shm
 from twinpool.workers.transfer.tcp import serve_tcp
@@ -28,6 +29,7 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid
 
 SERVE: dict[str, Callable[[Channel, KvPool], None]] = {
     "shm": serve_shm,
+    "cuda_ipc": serve_ipc,
     "tcp": serve_tcp,
     "gloo": partial(serve_collective, backend="gloo"),
     "nccl": partial(serve_collective, backend="nccl"),
@@ -95,6 +97,7 @@ class KvServer:
             tune(sock)
             channel = Channel(sock, self._halt, time.monotonic() + HANDSHAKE_S)
             hello = self._welcomer.welcome(channel, self._fd)
+            channel.deadline = time.monotonic() + MEET_S
             SERVE[hello.backend](channel, _part(self._pool, hello))
         except TransferError as error:
             if not self._halt.stopped:

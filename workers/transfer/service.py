@@ -16,12 +16,13 @@ from twinpool.workers.transfer.base import WHOLE, Peer, Pulled
 from twinpool.workers.transfer.channel import Geometry, Welcomer
 from twinpool.workers.transfer.folder import PrivateFolder
 from twinpool.workers.transfer.heads import HeadPool
-from twinpool.workers.transfer.lane import SOURCES, Job, Lane
+from twinpool.workers.transfer.lane import LOCAL, SOURCES, Job, Lane
 from twinpool.workers.transfer.order import Order
 from twinpool.workers.transfer.pool import HostPool, KvPool
 from twinpool.workers.transfer.server import KvServer
+from twinpool.workers.transfer.share import SHARES
 
-BACKENDS = {"cpu": ("shm", "tcp", "gloo"), "cuda": ("nccl", "tcp")}
+BACKENDS = {"cpu": ("shm", "tcp", "gloo"), "cuda": ("cuda_ipc", "nccl", "tcp")}
 _JOIN_S = 2.0
 
 
@@ -30,7 +31,7 @@ class TransferConfig:
     """How KV moves. Nothing is offered or used that is not in ``backends``, the most wanted first."""
 
     backends: tuple[str, ...] = ("shm", "tcp")
-    listen: str = "127.0.0.1"  # address of the interface, a private one; of no use to shm
+    listen: str = "127.0.0.1"  # address of the interface, a private one; of no use to shm and cuda_ipc
     port: int = 0  # 0: the system chooses
     runtime_dir: Path | None = None  # where the Unix socket's private folder goes; None: the system's temporary folder
 
@@ -64,16 +65,17 @@ class KVService:
         welcomer = Welcomer(self.secret, epoch, geometry, config.backends)
         self._server = KvServer(pool, welcomer, pool.fd if isinstance(pool, HostPool | HeadPool) else None)
         self._folder: PrivateFolder | None = None
-        self._lanes: dict[str, Lane] = {}
+        self._lanes: dict[tuple[str, tuple[int, int]], Lane] = {}  # by worker and heads
         self._ended: list[Lane] = []  # stopped, their threads not yet seen to end
         self._closed = False
 
     async def start(self) -> None:
         """Listen; ``addresses`` is filled when it returns. Raises ``ConfigError`` when an address cannot be had."""
         try:
-            if "shm" in self._config.backends:
-                self.addresses["shm"] = self._listen_unix()
-            over_ip = [name for name in self._config.backends if name != "shm"]
+            local = [name for name in self._config.backends if name in LOCAL]
+            if local:
+                self.addresses |= dict.fromkeys(local, self._listen_unix())
+            over_ip = [name for name in self._config.backends if name not in LOCAL]
             if over_ip:
                 address = self._listen_tcp()
                 self.addresses |= dict.fromkeys(over_ip, address)
@@ -110,15 +112,15 @@ class KVService:
 
     def drop(self, worker: str) -> None:
         """Forget a peer that is gone: closes its channel, fails its pulls. Idempotent."""
-        lane = self._lanes.pop(worker, None)
-        if lane is not None:
+        for key in [key for key in self._lanes if key[0] == worker]:
+            lane = self._lanes.pop(key)
             lane.stop()
             self._ended.append(lane)
 
     async def close(self) -> None:
         """Stop serving, fail all pulls, close everything. Idempotent."""
         self._closed = True
-        for worker in list(self._lanes):
+        for worker in {worker for worker, _ in self._lanes}:
             self.drop(worker)
         await asyncio.to_thread(self._end_threads)
         if self._folder is not None:
@@ -134,9 +136,10 @@ class KVService:
         return self._pool.part(range(*peer.heads)) if isinstance(self._pool, HeadPool) else self._pool
 
     def _offer(self, job: Job) -> None:
-        lane = self._lanes.get(job.peer.worker)
+        key = (job.peer.worker, job.peer.heads)
+        lane = self._lanes.get(key)
         if lane is None or not lane.offer(job):
-            lane = self._lanes[job.peer.worker] = Lane(job.order.pool, self._config.backends)
+            lane = self._lanes[key] = Lane(job.order.pool, self._config.backends)
             lane.offer(job)
         self._ended = [ended for ended in self._ended if ended.alive]
 
@@ -186,8 +189,10 @@ def _check_backends(pool: KvPool, backends: Sequence[str]) -> None:
     unknown = [name for name in backends if name not in SOURCES]
     if unknown or not backends:
         raise ConfigError(f"KV backends {unknown or 'are missing'}: choose among {', '.join(SOURCES)}")
-    on_gpu = pool.data.is_cuda
+    shares = pool.data.device.type in SHARES and not isinstance(pool, HostPool)
     if "shm" in backends and (not isinstance(pool, HostPool | HeadPool) or pool.fd is None):
         raise ConfigError("the KV backend shm needs KV in host memory")
-    if "nccl" in backends and not on_gpu:
+    if "nccl" in backends and not pool.data.is_cuda:
         raise ConfigError("the KV backend nccl needs KV on a GPU")
+    if "cuda_ipc" in backends and not shares:
+        raise ConfigError("the KV backend cuda_ipc needs KV on a GPU")
