@@ -12,7 +12,9 @@ context, and a second kernel weighs the parts by their log-sum-exp, L = m + log2
 from the widest table, the batch and the device: never from what the tensors hold. Sums are in float32.
 
 A float8 cache has one scale a token and head (reference.py). Those of keys multiply the scores, those of values the
-weights, so both products are of numbers as they are stored, widened to the dtype of the queries.
+weights, so both products are of numbers as they are stored, widened to the dtype of the queries. As scales lie in the
+lines that they belong to, their strides are those of the cache in words of four bytes. Other caches pass themselves as
+their scales, whose dtype then tells that there are none.
 """
 
 from __future__ import annotations
@@ -39,15 +41,12 @@ def _attend(
     first: tl.tensor,  # keys from here,
     last: tl.tensor,  # to here, exclusive
     keys: tl.tensor,  # of the head, block 0
-    values: tl.tensor,
-    key_scales: tl.tensor,  # of the head, block 0
-    value_scales: tl.tensor,
+    scales: tl.tensor,  # of these keys
     table: tl.tensor,  # of the row
     block_stride: tl.tensor,
+    value_stride: tl.tensor,  # from keys to values
     token_stride: tl.tensor,
-    scales_stride: tl.tensor,  # from block to block
     scale: tl.tensor,  # log2(e) / sqrt(dim)
-    SCALED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DIM: tl.constexpr,
     TILE: tl.constexpr,
@@ -55,6 +54,9 @@ def _attend(
     """Output [M, PAD] and log-sum-exp [M]. Every query must see the key ``first``."""
     M: tl.constexpr = q.shape[0]
     PAD: tl.constexpr = q.shape[1]
+    SCALED: tl.constexpr = scales.dtype.element_ty != keys.dtype.element_ty
+    if not SCALED:
+        q = q.to(keys.dtype.element_ty)
     dims = tl.arange(0, PAD)[None, :]
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -68,17 +70,17 @@ def _attend(
         key = tl.load(keys + offset, mask=mask, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
         if SCALED:
-            place = block * scales_stride + position % BLOCK_SIZE
-            scores *= tl.load(key_scales + place, mask=inside, other=0.0)[None, :]
+            place = scales + block * (block_stride // 4) + position % BLOCK_SIZE
+            scores *= tl.load(place, mask=inside, other=0.0)[None, :]
         seen = inside[None, :] & (position[None, :] <= limits[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         fade = tl.exp2(peak - higher)
-        value = tl.load(values + offset, mask=mask, other=0.0).to(q.dtype)
+        value = tl.load(keys + value_stride + offset, mask=mask, other=0.0).to(q.dtype)
         total = total * fade + tl.sum(weights, 1)
         if SCALED:
-            weights *= tl.load(value_scales + place, mask=inside, other=0.0)[None, :]
+            weights *= tl.load(place + value_stride // 4, mask=inside, other=0.0)[None, :]
         out = tl.dot(weights.to(q.dtype), value, acc=out * fade[:, None], input_precision="ieee")
         peak = higher
     return out / total[:, None], peak + tl.log2(total)
@@ -99,14 +101,10 @@ def _decode_splits(
     value_stride: int,
     head_stride: int,
     token_stride: int,
-    scales_stride: int,
-    scales_value_stride: int,
-    scales_head_stride: int,
     table_stride: int,
     splits: int,
     split_tokens: int,
     scale: float,
-    SCALED: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -128,14 +126,10 @@ def _decode_splits(
     dims = tl.arange(0, PAD)[None, :]
     mask = (member < GROUP)[:, None] & (dims < DIM)
     queries = tl.load(q + row * q_stride + query_head[:, None] * q_head_stride + dims, mask=mask, other=0.0)
-    if not SCALED:
-        queries = queries.to(kv.dtype.element_ty)
-    keys = kv + head.to(tl.int64) * head_stride
-    key_scales = scales + head.to(tl.int64) * scales_head_stride
+    line = head.to(tl.int64) * head_stride
     out, sum_ = _attend(
-        queries, tl.zeros([M], tl.int32) + context, first, last,
-        keys, keys + value_stride, key_scales, key_scales + scales_value_stride, tables + row * table_stride,
-        block_stride, token_stride, scales_stride, scale, SCALED, BLOCK_SIZE, DIM, TILE,
+        queries, tl.zeros([M], tl.int32) + context, first, last, kv + line, scales + line // 4,
+        tables + row * table_stride, block_stride, value_stride, token_stride, scale, BLOCK_SIZE, DIM, TILE,
     )  # fmt: skip
     place = (row * (tl.num_programs(1) * GROUP) + query_head) * splits + split
     tl.store(partial + place[:, None] * DIM + dims, out, mask=mask)
@@ -193,12 +187,8 @@ def _prefill(
     value_stride: int,
     head_stride: int,
     token_stride: int,
-    scales_stride: int,
-    scales_value_stride: int,
-    scales_head_stride: int,
     table_stride: int,
     scale: float,
-    SCALED: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -225,14 +215,10 @@ def _prefill(
     queries = tl.load(q + offset, mask=mask, other=0.0)
     limits = context - tokens + token
     last = tl.minimum(context - tokens + (top + M - 1) // GROUP + 1, context)
-    if not SCALED:
-        queries = queries.to(kv.dtype.element_ty)
-    keys = kv + head.to(tl.int64) * head_stride
-    key_scales = scales + head.to(tl.int64) * scales_head_stride
+    line = head.to(tl.int64) * head_stride
     result, _ = _attend(
-        queries, limits, 0, last,
-        keys, keys + value_stride, key_scales, key_scales + scales_value_stride, tables + row * table_stride,
-        block_stride, token_stride, scales_stride, scale, SCALED, BLOCK_SIZE, DIM, TILE,
+        queries, limits, 0, last, kv + line, scales + line // 4,
+        tables + row * table_stride, block_stride, value_stride, token_stride, scale, BLOCK_SIZE, DIM, TILE,
     )  # fmt: skip
     written = ((place * tl.num_programs(1) * GROUP + query_head) * DIM)[:, None] + dims
     tl.store(out + written, result.to(out.dtype.element_ty), mask=mask)
@@ -256,8 +242,8 @@ def paged_decode(
     sums = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
     group, scale = heads // kv_heads, _LOG2_E / math.sqrt(dim)
     _decode_splits[(rows, kv_heads, splits)](
-        q, kv, kv if scales is None else scales, tables, contexts, partial, sums, *_strides(q, kv, scales, tables),
-        splits, split_tokens, scale, SCALED=scales is not None,
+        q, kv, kv if scales is None else scales, tables, contexts, partial, sums, *_strides(q, kv, tables),
+        splits, split_tokens, scale,
         GROUP=group, M=max(16, triton.next_power_of_2(group)), **shape, num_warps=4, num_stages=3,
     )  # fmt: skip
     _decode_reduce[(rows, heads)](
@@ -286,8 +272,8 @@ def paged_prefill(
     wide = operands == torch.float32  # no tensor cores: smaller tiles, or they do not fit in registers
     queries = 32 if wide else 128
     _prefill[(triton.cdiv(longest * group, queries), kv_heads, tables.shape[0])](
-        q, kv, kv if scales is None else scales, tables, contexts, starts, out, *_strides(q, kv, scales, tables),
-        _LOG2_E / math.sqrt(dim), SCALED=scales is not None,
+        q, kv, kv if scales is None else scales, tables, contexts, starts, out, *_strides(q, kv, tables),
+        _LOG2_E / math.sqrt(dim),
         GROUP=group, M=queries, **_tile(kv, operands), num_warps=4 if wide else 8, num_stages=2,
     )  # fmt: skip
     return out
@@ -300,9 +286,8 @@ def _tile(kv: Tensor, operands: torch.dtype) -> dict[str, int]:
     return {"BLOCK_SIZE": kv.shape[3], "DIM": kv.shape[4], "PAD": pad, "TILE": tile}
 
 
-def _strides(q: Tensor, kv: Tensor, scales: Tensor | None, tables: Tensor) -> tuple[int, ...]:
-    of_scales = (0, 0, 0) if scales is None else scales.stride()[:3]
-    return (*q.stride()[:2], *kv.stride()[:4], *of_scales, tables.stride(0))
+def _strides(q: Tensor, kv: Tensor, tables: Tensor) -> tuple[int, ...]:
+    return (*q.stride()[:2], *kv.stride()[:4], tables.stride(0))
 
 
 def _split_tokens(tokens: int, tile: int, processors: int) -> int:

@@ -115,11 +115,20 @@ def _check_attention(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, sc
         raise ValueError("queries, KV and block tables must be contiguous in their last dimension")
     if (scales is None) == (kv.dtype == reference.FLOAT8):
         raise ValueError(f"KV of {kv.dtype} comes {'without' if scales is None else 'with'} scales")
-    if scales is not None and (scales.shape != kv.shape[:4] or scales.dtype != torch.float32 or scales.stride(3) != 1):
-        raise ValueError(f"scales {list(scales.shape)} of {scales.dtype} do not fit KV {list(kv.shape)}")
+    if scales is not None:
+        _check_scales(scales, kv)
     if tables.dtype not in _INDEX:
         raise ValueError(f"block tables must be int32 or int64, not {tables.dtype}")
     _check_numbers("contexts", contexts, tables.shape[0])
+
+
+def _check_scales(scales: Tensor, kv: Tensor) -> None:
+    """Kernels step through scales as through the lines that these lie in: see ``layer_scales``."""
+    fits = scales.shape == kv.shape[:4] and scales.dtype == torch.float32
+    wanted = (*(stride // 4 for stride in kv.stride()[:3]), 1)
+    if not fits or any(size > 1 and scales.stride(at) != wanted[at] for at, size in enumerate(scales.shape)):
+        said = f"{list(scales.shape)} of {scales.dtype} with strides {list(scales.stride())}"
+        raise ValueError(f"scales {said} do not fit KV {list(kv.shape)} with strides {list(kv.stride())}")
 
 
 def _check_numbers(name: str, numbers: Tensor, count: int) -> None:

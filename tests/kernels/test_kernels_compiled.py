@@ -17,7 +17,7 @@ DECODE = ATTEND | {"partial": "*fp32", "sums": "*fp32"}
 PREFILL = ATTEND | {"starts": "*i32", "out": "*bf16"}
 pytestmark = pytest.mark.timeout(300)  # ends what hangs; a busy machine may take its time to compile
 
-SIZES = {"SCALED": False, "BLOCK_SIZE": 16, "DIM": 128, "PAD": 128, "TILE": 64, "GROUP": 4}
+SIZES = {"BLOCK_SIZE": 16, "DIM": 128, "PAD": 128, "TILE": 64, "GROUP": 4}
 
 
 def compiled(module: str, name: str, types: Mapping[str, str], sizes: Mapping[str, object], warps: int) -> str:
@@ -68,6 +68,6 @@ def test_prefill_uses_the_tensor_cores_of_hopper(compiling: Run) -> None:
 @pytest.mark.full
 def test_float8_is_widened_for_the_tensor_cores(compiling: Run) -> None:
     types = DECODE | {"kv": "*fp8e4nv", "scales": "*fp32"}
-    ptx = str(compiling(compiled, "attention", "_decode_splits", types, SIZES | {"SCALED": True, "M": 16}, 4))
+    ptx = str(compiling(compiled, "attention", "_decode_splits", types, SIZES | {"M": 16}, 4))
     assert "e4m3x2" in ptx
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx

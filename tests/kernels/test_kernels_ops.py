@@ -147,8 +147,9 @@ def test_float8_and_scales_come_together() -> None:
     with pytest.raises(ValueError, match="with scales"):
         ops.paged_decode(case.q, case.kv.float(), case.tables, case.contexts, case.scales)
     assert case.scales is not None
-    with pytest.raises(ValueError, match="do not fit KV"):
-        ops.paged_decode(case.q, case.kv, case.tables, case.contexts, case.scales[:, :, :, 1:])
+    for scales in (case.scales[:, :, :, 1:], case.scales.double(), case.scales.clone()):
+        with pytest.raises(ValueError, match="do not fit KV"):
+            ops.paged_decode(case.q, case.kv, case.tables, case.contexts, scales)
 
 
 def test_layout_is_that_of_the_engine() -> None:
