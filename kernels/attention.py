@@ -10,6 +10,11 @@ and out = o / l at the end. The ``GROUP`` query heads of a KV head are rows of o
 Decoding is split over the keys as well (flash-decoding, Dao et al., 2023): a program takes ``split_tokens`` of a row's
 context, and a second kernel weighs the parts by their log-sum-exp, L = m + log2 l. How many tokens a split has follows
 from the widest table, the batch and the device: never from what the tensors hold. Sums are in float32.
+
+A float8 cache has one scale a token and head (reference.py). Those of keys multiply the scores, those of values the
+weights, so both products are of numbers as they are stored, widened to the dtype of the queries. As scales lie in the
+lines that they belong to, their strides are those of the cache in words of four bytes. Other caches pass themselves as
+their scales, whose dtype then tells that there are none.
 """
 
 from __future__ import annotations
@@ -36,9 +41,10 @@ def _attend(
     first: tl.tensor,  # keys from here,
     last: tl.tensor,  # to here, exclusive
     keys: tl.tensor,  # of the head, block 0
-    values: tl.tensor,
+    scales: tl.tensor,  # of these keys
     table: tl.tensor,  # of the row
     block_stride: tl.tensor,
+    value_stride: tl.tensor,  # from keys to values
     token_stride: tl.tensor,
     scale: tl.tensor,  # log2(e) / sqrt(dim)
     BLOCK_SIZE: tl.constexpr,
@@ -48,6 +54,9 @@ def _attend(
     """Output [M, PAD] and log-sum-exp [M]. Every query must see the key ``first``."""
     M: tl.constexpr = q.shape[0]
     PAD: tl.constexpr = q.shape[1]
+    SCALED: tl.constexpr = scales.dtype.element_ty != keys.dtype.element_ty
+    if not SCALED:
+        q = q.to(keys.dtype.element_ty)
     dims = tl.arange(0, PAD)[None, :]
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -58,16 +67,21 @@ def _attend(
         block = tl.load(table + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         offset = (block * block_stride + (position % BLOCK_SIZE) * token_stride)[:, None] + dims
         mask = inside[:, None] & (dims < DIM)
-        key = tl.load(keys + offset, mask=mask, other=0.0)
+        key = tl.load(keys + offset, mask=mask, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
+        if SCALED:
+            place = scales + block * (block_stride // 4) + position % BLOCK_SIZE
+            scores *= tl.load(place, mask=inside, other=0.0)[None, :]
         seen = inside[None, :] & (position[None, :] <= limits[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         fade = tl.exp2(peak - higher)
-        value = tl.load(values + offset, mask=mask, other=0.0)
+        value = tl.load(keys + value_stride + offset, mask=mask, other=0.0).to(q.dtype)
         total = total * fade + tl.sum(weights, 1)
-        out = tl.dot(weights.to(value.dtype), value, acc=out * fade[:, None], input_precision="ieee")
+        if SCALED:
+            weights *= tl.load(place + value_stride // 4, mask=inside, other=0.0)[None, :]
+        out = tl.dot(weights.to(q.dtype), value, acc=out * fade[:, None], input_precision="ieee")
         peak = higher
     return out / total[:, None], peak + tl.log2(total)
 
@@ -76,6 +90,7 @@ def _attend(
 def _decode_splits(
     q: tl.tensor,  # [rows, heads, dim]
     kv: tl.tensor,
+    scales: tl.tensor,
     tables: tl.tensor,
     contexts: tl.tensor,
     partial: tl.tensor,  # float32 [rows, heads, splits, DIM]
@@ -111,10 +126,10 @@ def _decode_splits(
     dims = tl.arange(0, PAD)[None, :]
     mask = (member < GROUP)[:, None] & (dims < DIM)
     queries = tl.load(q + row * q_stride + query_head[:, None] * q_head_stride + dims, mask=mask, other=0.0)
-    keys = kv + head.to(tl.int64) * head_stride
+    line = head.to(tl.int64) * head_stride
     out, sum_ = _attend(
-        queries.to(kv.dtype.element_ty), tl.zeros([M], tl.int32) + context, first, last, keys, keys + value_stride,
-        tables + row * table_stride, block_stride, token_stride, scale, BLOCK_SIZE, DIM, TILE,
+        queries, tl.zeros([M], tl.int32) + context, first, last, kv + line, scales + line // 4,
+        tables + row * table_stride, block_stride, value_stride, token_stride, scale, BLOCK_SIZE, DIM, TILE,
     )  # fmt: skip
     place = (row * (tl.num_programs(1) * GROUP) + query_head) * splits + split
     tl.store(partial + place[:, None] * DIM + dims, out, mask=mask)
@@ -161,6 +176,7 @@ def _decode_reduce(
 def _prefill(
     q: tl.tensor,  # [tokens, heads, dim]
     kv: tl.tensor,
+    scales: tl.tensor,
     tables: tl.tensor,
     contexts: tl.tensor,
     starts: tl.tensor,
@@ -199,16 +215,18 @@ def _prefill(
     queries = tl.load(q + offset, mask=mask, other=0.0)
     limits = context - tokens + token
     last = tl.minimum(context - tokens + (top + M - 1) // GROUP + 1, context)
-    keys = kv + head.to(tl.int64) * head_stride
+    line = head.to(tl.int64) * head_stride
     result, _ = _attend(
-        queries.to(kv.dtype.element_ty), limits, 0, last, keys, keys + value_stride,
-        tables + row * table_stride, block_stride, token_stride, scale, BLOCK_SIZE, DIM, TILE,
+        queries, limits, 0, last, kv + line, scales + line // 4,
+        tables + row * table_stride, block_stride, value_stride, token_stride, scale, BLOCK_SIZE, DIM, TILE,
     )  # fmt: skip
     written = ((place * tl.num_programs(1) * GROUP + query_head) * DIM)[:, None] + dims
     tl.store(out + written, result.to(out.dtype.element_ty), mask=mask)
 
 
-def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, split_tokens: int = 0) -> Tensor:
+def paged_decode(
+    q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, scales: Tensor | None = None, split_tokens: int = 0
+) -> Tensor:
     """See :func:`twinpool.kernels.ops.paged_decode`. ``split_tokens`` 0 chooses for the batch and the device."""
     rows, heads, dim = q.shape
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
@@ -216,14 +234,16 @@ def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, split_
         return out
     kv_heads, block_size = kv.shape[2:4]
     longest = tables.shape[1] * block_size
-    shape = _tile(kv)
+    operands = kv.dtype if scales is None else q.dtype
+    shape = _tile(kv, operands)
     split_tokens = split_tokens or _split_tokens(rows * kv_heads * longest, shape["TILE"], _processors(q.device))
     splits = triton.cdiv(longest, split_tokens)
     partial = torch.empty((rows, heads, splits, dim), dtype=torch.float32, device=q.device)
     sums = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
     group, scale = heads // kv_heads, _LOG2_E / math.sqrt(dim)
     _decode_splits[(rows, kv_heads, splits)](
-        q, kv, tables, contexts, partial, sums, *_strides(q, kv, tables), splits, split_tokens, scale,
+        q, kv, kv if scales is None else scales, tables, contexts, partial, sums, *_strides(q, kv, tables),
+        splits, split_tokens, scale,
         GROUP=group, M=max(16, triton.next_power_of_2(group)), **shape, num_warps=4, num_stages=3,
     )  # fmt: skip
     _decode_reduce[(rows, heads)](
@@ -232,7 +252,15 @@ def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, split_
     return out
 
 
-def paged_prefill(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, starts: Tensor, longest: int) -> Tensor:
+def paged_prefill(
+    q: Tensor,
+    kv: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    starts: Tensor,
+    longest: int,
+    scales: Tensor | None = None,
+) -> Tensor:
     """See :func:`twinpool.kernels.ops.paged_prefill`."""
     tokens, heads, dim = q.shape
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
@@ -240,19 +268,21 @@ def paged_prefill(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, start
         return out
     kv_heads = kv.shape[2]
     group = heads // kv_heads
-    wide = kv.dtype == torch.float32  # no tensor cores: smaller tiles, or they do not fit in registers
+    operands = kv.dtype if scales is None else q.dtype
+    wide = operands == torch.float32  # no tensor cores: smaller tiles, or they do not fit in registers
     queries = 32 if wide else 128
     _prefill[(triton.cdiv(longest * group, queries), kv_heads, tables.shape[0])](
-        q, kv, tables, contexts, starts, out, *_strides(q, kv, tables), _LOG2_E / math.sqrt(dim),
-        GROUP=group, M=queries, **_tile(kv), num_warps=4 if wide else 8, num_stages=2,
+        q, kv, kv if scales is None else scales, tables, contexts, starts, out, *_strides(q, kv, tables),
+        _LOG2_E / math.sqrt(dim),
+        GROUP=group, M=queries, **_tile(kv, operands), num_warps=4 if wide else 8, num_stages=2,
     )  # fmt: skip
     return out
 
 
-def _tile(kv: Tensor) -> dict[str, int]:
+def _tile(kv: Tensor, operands: torch.dtype) -> dict[str, int]:
     """Sizes that a kernel is compiled for: those of the cache, and the keys of a tile (at most 16 KiB of them)."""
     pad = max(16, triton.next_power_of_2(kv.shape[4]))
-    tile = min(64, max(16, (16 << 10) // (pad * kv.element_size())))
+    tile = min(64, max(16, (16 << 10) // (pad * operands.itemsize)))
     return {"BLOCK_SIZE": kv.shape[3], "DIM": kv.shape[4], "PAD": pad, "TILE": tile}
 
 

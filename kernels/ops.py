@@ -5,7 +5,8 @@ caller's responsibility. Triton is imported when the first CUDA tensor comes (ex
 
 KV lies as the engine of this project keeps it (workers/models/attention.py): a block is
 ``[layer][k or v][kv head][token][dim]``. Attention takes one layer of it, ``[blocks, 2, kv_heads, block_size, dim]``
-(:func:`layer_kv`), by its strides, so other orders of blocks, heads and tokens will do where dim is contiguous.
+(:func:`layer_kv`), by its strides, so other orders of blocks, heads and tokens will do where dim is contiguous. A line
+(one head of one k or v) of a float8 cache ends in its scales, float32, one a token (:func:`layer_scales`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,19 @@ import torch
 from torch import Tensor
 
 from twinpool.kernels import reference
-from twinpool.kernels.reference import HeadRange, Packed, Place, Rows, head_range, layer_kv
+from twinpool.kernels.reference import (
+    HeadRange,
+    Packed,
+    Place,
+    Rows,
+    head_range,
+    layer_kv,
+    layer_scales,
+    write_kv,
+)
 
 __all__ = ["HeadRange", "Packed", "Place", "Rows", "copy_blocks", "gather_blocks", "head_range", "layer_kv",
-           "paged_decode", "paged_prefill", "scatter_blocks", "sum_blocks"]  # fmt: skip
+           "layer_scales", "paged_decode", "paged_prefill", "scatter_blocks", "sum_blocks", "write_kv"]  # fmt: skip
 
 _INDEX = (torch.int32, torch.int64)
 
@@ -76,36 +86,44 @@ def scatter_blocks(packed: Packed, pool: Tensor, blocks: Tensor, cut: HeadRange 
     return copy_blocks(source, Rows(pool, blocks, cut), blocks.shape[0], place) == packed.sums
 
 
-def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> Tensor:
+def paged_decode(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, scales: Tensor | None = None) -> Tensor:
     """Attention of one new token a row: ``q [rows, heads, dim]`` -> the same shape and dtype.
 
     ``tables [rows, width]`` and ``contexts [rows]`` are int32 or int64; a context counts the new token, whose KV is in
     ``kv`` already. The rest is as in :func:`twinpool.kernels.reference.paged_attention`. Raises ValueError where
     shapes do not fit.
     """
-    _check_attention(q, kv, tables, contexts)
+    _check_attention(q, kv, tables, contexts, scales)
     if not q.is_cuda:
-        return reference.paged_attention(q, kv, tables, contexts, torch.arange(q.shape[0] + 1))
+        return reference.paged_attention(q, kv, tables, contexts, torch.arange(q.shape[0] + 1), scales)
     from twinpool.kernels import attention as kernels
 
     with torch.cuda.device(q.device):
-        return kernels.paged_decode(q, kv, tables, contexts)
+        return kernels.paged_decode(q, kv, tables, contexts, scales)
 
 
-def paged_prefill(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, starts: Tensor, longest: int) -> Tensor:
+def paged_prefill(
+    q: Tensor,
+    kv: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    starts: Tensor,
+    longest: int,
+    scales: Tensor | None = None,
+) -> Tensor:
     """Attention of a chunk of new tokens a row: ``q [tokens, heads, dim]`` -> the same shape and dtype.
 
     ``starts [rows + 1]`` says where in ``q`` each row's chunk begins; ``longest`` is the most tokens that one has. The
     rest is as in :func:`paged_decode`.
     """
-    _check_attention(q, kv, tables, contexts)
+    _check_attention(q, kv, tables, contexts, scales)
     _check_numbers("starts", starts, tables.shape[0] + 1)
     if not q.is_cuda:
-        return reference.paged_attention(q, kv, tables, contexts, starts)
+        return reference.paged_attention(q, kv, tables, contexts, starts, scales)
     from twinpool.kernels import attention as kernels
 
     with torch.cuda.device(q.device):
-        return kernels.paged_prefill(q, kv, tables, contexts, starts, longest)
+        return kernels.paged_prefill(q, kv, tables, contexts, starts, longest, scales)
 
 
 def _packed(data: Tensor, blocks: Tensor, cut: HeadRange) -> tuple[Rows, Place]:
@@ -130,14 +148,27 @@ def _check_rows(rows: Rows, count: int, place: Place) -> None:
         raise ValueError(f"a block of {memory.shape[1]} bytes cannot be cut by {cut} into 64-bit words at {place}")
 
 
-def _check_attention(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor) -> None:
+def _check_attention(q: Tensor, kv: Tensor, tables: Tensor, contexts: Tensor, scales: Tensor | None) -> None:
     if q.dim() != 3 or kv.dim() != 5 or kv.shape[1] != 2 or q.shape[2] != kv.shape[4] or q.shape[1] % kv.shape[2]:
         raise ValueError(f"queries {list(q.shape)} do not fit KV {list(kv.shape)}")
     if q.stride(2) != 1 or kv.stride(4) != 1 or tables.stride(1) != 1:
         raise ValueError("queries, KV and block tables must be contiguous in their last dimension")
+    if (scales is None) == (kv.dtype == reference.FLOAT8):
+        raise ValueError(f"KV of {kv.dtype} comes {'without' if scales is None else 'with'} scales")
+    if scales is not None:
+        _check_scales(scales, kv)
     if tables.dtype not in _INDEX:
         raise ValueError(f"block tables must be int32 or int64, not {tables.dtype}")
     _check_numbers("contexts", contexts, tables.shape[0])
+
+
+def _check_scales(scales: Tensor, kv: Tensor) -> None:
+    """Kernels step through scales as through the lines that these lie in: see ``layer_scales``."""
+    fits = scales.shape == kv.shape[:4] and scales.dtype == torch.float32
+    wanted = (*(stride // 4 for stride in kv.stride()[:3]), 1)
+    if not fits or any(size > 1 and scales.stride(at) != wanted[at] for at, size in enumerate(scales.shape)):
+        said = f"{list(scales.shape)} of {scales.dtype} with strides {list(scales.stride())}"
+        raise ValueError(f"scales {said} do not fit KV {list(kv.shape)} with strides {list(kv.stride())}")
 
 
 def _check_numbers(name: str, numbers: Tensor, count: int) -> None:

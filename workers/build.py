@@ -14,8 +14,9 @@ from twinpool.tokenizer import Tokenizer
 from twinpool.workers.announce import Sums
 from twinpool.workers.engine.base import Engine, ModelInfo
 from twinpool.workers.engine.emulated import EmulatedEngine
-from twinpool.workers.engine.torch_engine import TorchEngine, kv_layout
+from twinpool.workers.engine.torch_engine import EngineOptions, TorchEngine
 from twinpool.workers.kv_room import block_count, room
+from twinpool.workers.models.kv_layout import kv_layout
 from twinpool.workers.models.loader import load_model
 from twinpool.workers.ranks.crew import Crew
 from twinpool.workers.ranks.kv import Identity, RankKv
@@ -89,11 +90,14 @@ async def build(config: ClusterConfig, tokenizer: Tokenizer, place: Place) -> Ma
 def _build_torch(config: ClusterConfig, tokenizer: Tokenizer, place: Place) -> Machine:
     device, size = config.worker.device, config.worker.block_size
     model = load_model(None if config.model.path is None else str(config.model.path), config.model.dtype, device)
-    block_bytes = kv_layout(model.config, config.model.dtype, size).block_bytes
+    kv_dtype = config.model.kv_dtype or config.model.dtype
+    block_bytes = kv_layout(model.config, kv_dtype, size).block_bytes
     blocks = block_count(config, block_bytes, room(config, block_bytes, model.config.max_context, device))
-    pool = open_pool(blocks, block_bytes, device)
+    graph_rows = 0 if device == "cpu" else config.worker.max_batch
+    pool = open_pool(blocks + (1 if graph_rows else 0), block_bytes, device)  # the last one is the engine's own
     sampler = Sampler(model.config.vocab_size, device)
-    engine = TorchEngine(model, pool.data, size, config.worker.threads, sampler)
+    options = EngineOptions(kv_dtype, decode_rows=graph_rows)
+    engine = TorchEngine(model, pool.data, size, config.worker.threads, sampler, options=options)
     return Machine(engine, blocks, pool, _service(config, pool, place), NO_TIME)
 
 

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 
 import torch
 
+from twinpool.workers.staging import upload_list
+
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as int32
@@ -37,7 +39,7 @@ def draw_keys(counters: Iterable[tuple[int, int]], device: torch.device) -> torc
     """One key for each (seed, position): int32 [R, 2], low and high half."""
     keys = [_key(seed, position) for seed, position in counters]
     halves = [[_as_int32(key), _as_int32(key >> 32)] for key in keys]
-    return torch.tensor(halves, dtype=torch.int32, device=device)
+    return upload_list(halves, torch.int32, device)
 
 
 def _as_int32(x: int) -> int:

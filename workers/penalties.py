@@ -16,6 +16,7 @@ import torch
 
 from twinpool.sampling import SamplingParams
 from twinpool.workers.engine.base import SampleState
+from twinpool.workers.staging import upload_list
 
 _BIAS_LIMIT = 100.0
 
@@ -31,7 +32,7 @@ class _Counts:
     def follow(self, state: SampleState) -> None:
         """Count the tokens that came since the last call."""
         start, self.upto = self.upto, len(state.tokens)
-        self.seen[self._ids(state.tokens[start:])] = True
+        self.seen.index_fill_(0, self._ids(state.tokens[start:]), True)
         output = self._ids(state.tokens[max(start, state.prompt_len) :])
         self.output.index_add_(0, output, torch.ones(len(output), device=output.device))
 
@@ -40,7 +41,7 @@ class _Counts:
 
 
 def _known_ids(tokens: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor([token for token in tokens if token < vocab_size], dtype=torch.int64, device=device)
+    return upload_list([token for token in tokens if token < vocab_size], torch.int64, device)
 
 
 def _has_penalty(params: SamplingParams) -> bool:
@@ -58,10 +59,9 @@ def adjust(row: torch.Tensor, state: SampleState) -> None:
     params = state.params
     if state.position < params.min_tokens:
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else state.eos_ids))
-        row[_known_ids(ends, len(row), row.device)] = float("-inf")
+        row.index_fill_(0, _known_ids(ends, len(row), row.device), float("-inf"))
     if params.logit_bias:
-        ids, values = _bias(row, state)
-        row[ids] += values
+        row.index_add_(0, *_bias(row, state))
     if _has_penalty(params):
         _penalise(row, state)
 
@@ -72,7 +72,7 @@ def _bias(row: torch.Tensor, state: SampleState) -> tuple[torch.Tensor, torch.Te
         return cached
     known = {token: bias for token, bias in state.params.logit_bias.items() if token < len(row)}
     values = [min(_BIAS_LIMIT, max(-_BIAS_LIMIT, bias)) for bias in known.values()]
-    pair = (_known_ids(tuple(known), len(row), row.device), torch.tensor(values, dtype=row.dtype, device=row.device))
+    pair = (_known_ids(tuple(known), len(row), row.device), upload_list(values, row.dtype, row.device))
     state.cache["bias"] = pair
     return pair
 

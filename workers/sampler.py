@@ -7,11 +7,15 @@ then by top-p over what these two kept, and the token is ``argmax(logit / T + Gu
 Every filter is a cut-off on the logit, so tokens of equal logit stay or go together and the result does not depend on
 how a sort breaks ties. Cut-offs are first sought among the largest ``_NARROW`` logits; only a row whose kept tokens may
 reach beyond them is sorted whole. Both give the same token.
+
+On a device all this is put on the current stream, behind the step that makes the logits, and the host waits once: for
+the copies of what was drawn. Rows to be sorted whole, which are rare, and rows that ask for logprobs add a wait each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +24,7 @@ from twinpool.sampling import TokenLogprob
 from twinpool.workers.engine.base import Sampled, SampleState
 from twinpool.workers.gumbel import draw_keys, gumbel
 from twinpool.workers.penalties import adjust, is_adjusted
+from twinpool.workers.staging import Download, upload_list
 
 _GREEDY_BELOW = 1e-5  # temperature; dividing by less overflows
 _NARROW = 1024  # tokens
@@ -44,15 +49,20 @@ class Sampler:
         if not states:
             return []
         with torch.inference_mode():
-            tokens = self._draw(logits, states)
+            drawing = self._launch(logits, states)
+            tokens, finite, is_open = Download(drawing.found).wait()
+            if not bool(finite):
+                raise EngineError("the model produced logits that are not finite")
+            if bool(is_open.any()):
+                rows = [drawing.filtered[index] for index in is_open.nonzero().flatten().tolist()]
+                (tokens,) = Download([self._draw_whole(drawing, rows, states)]).wait()
             logprobs = _logprobs(logits, tokens, states)
             return [Sampled(token, logprobs.get(row)) for row, token in enumerate(tokens.tolist())]
 
-    def _draw(self, logits: torch.Tensor, states: Sequence[SampleState]) -> torch.Tensor:
-        """Tokens, int64 [R]."""
+    def _launch(self, logits: torch.Tensor, states: Sequence[SampleState]) -> _Drawing:
+        """Draw without waiting for anything."""
         best = logits.max(dim=-1)  # the first of equal ones; NaN wins
-        if not bool(best.values.isfinite().all()):
-            raise EngineError("the model produced logits that are not finite")
+        finite = best.values.isfinite().all()
         adjusted = [row for row, state in enumerate(states) if is_adjusted(state)]
         if adjusted:
             logits = logits.to(torch.float32, copy=True)
@@ -61,23 +71,43 @@ class Sampler:
             best = logits.max(dim=-1)
         tokens = best.indices
         plain, filtered = _random_rows(states)
-        for rows, draw in ((plain, self._draw_plain), (filtered, self._draw_filtered)):
-            if rows:
-                index = torch.tensor(rows, device=self._device)
-                tokens[index] = draw(_scaled(logits, best.values, index, states, rows), [states[row] for row in rows])
-        return tokens
+        is_open = finite.new_zeros(0)
+        if plain:
+            index = upload_list(plain, torch.int64, self._device)
+            scaled = _scaled(logits, best.values, index, states, plain)
+            tokens[index] = self._draw_plain(scaled, [states[row] for row in plain])
+        if filtered:
+            index = upload_list(filtered, torch.int64, self._device)
+            scaled = _scaled(logits, best.values, index, states, filtered)
+            width = min(_NARROW, self._vocab_size)
+            tokens[index], is_open = _draw_among(scaled, [states[row] for row in filtered], width)
+        return _Drawing(logits, best.values, tokens, finite, is_open, filtered)
 
     def _draw_plain(self, scaled: torch.Tensor, states: Sequence[SampleState]) -> torch.Tensor:
         noise = gumbel(_keys(states, self._device), self._ids)
         return noise.add_(scaled).argmax(dim=-1)
 
-    def _draw_filtered(self, scaled: torch.Tensor, states: Sequence[SampleState]) -> torch.Tensor:
-        tokens, is_open = _draw_among(scaled, states, min(_NARROW, self._vocab_size))
-        rows = is_open.nonzero().flatten()
-        if len(rows):
-            again = [states[row] for row in rows.tolist()]
-            tokens[rows], _ = _draw_among(scaled[rows], again, self._vocab_size)
-        return tokens
+    def _draw_whole(self, drawing: _Drawing, rows: list[int], states: Sequence[SampleState]) -> torch.Tensor:
+        """All tokens, those of ``rows`` drawn again from their whole vocabulary."""
+        index = upload_list(rows, torch.int64, self._device)
+        scaled = _scaled(drawing.logits, drawing.best, index, states, rows)
+        drawing.tokens[index], _ = _draw_among(scaled, [states[row] for row in rows], self._vocab_size)
+        return drawing.tokens
+
+
+class _Drawing(NamedTuple):
+    """Tokens on the device, and what may be asked of them once they are there."""
+
+    logits: torch.Tensor  # adjusted
+    best: torch.Tensor  # of each row
+    tokens: torch.Tensor  # int64 [R]
+    finite: torch.Tensor  # bool []
+    is_open: torch.Tensor  # bool [rows in filtered]: its token is void, it is to be drawn from the whole vocabulary
+    filtered: list[int]
+
+    @property
+    def found(self) -> list[torch.Tensor]:
+        return [self.tokens, self.finite, self.is_open]
 
 
 def _random_rows(states: Sequence[SampleState]) -> tuple[list[int], list[int]]:
@@ -96,7 +126,7 @@ def _scaled(
     logits: torch.Tensor, best: torch.Tensor, index: torch.Tensor, states: Sequence[SampleState], rows: Sequence[int]
 ) -> torch.Tensor:
     """Logits of the given rows over their temperatures, float32 [len(rows), V], the largest of each row moved to 0."""
-    heat = torch.tensor([states[row].params.temperature for row in rows], dtype=torch.float32, device=logits.device)
+    heat = upload_list([states[row].params.temperature for row in rows], torch.float32, logits.device)
     chosen = logits if len(rows) == len(logits) else logits[index]
     shifted = chosen.to(torch.float32) - best[index].to(torch.float32).unsqueeze(1)
     return shifted.div_(heat.unsqueeze(1))
@@ -125,8 +155,8 @@ def _draw_among(scaled: torch.Tensor, states: Sequence[SampleState], width: int)
 def _cutoffs(scaled: torch.Tensor, top: torch.Tensor, states: Sequence[SampleState]) -> torch.Tensor:
     """The smallest scaled logit that each row keeps, float32 [R, 1]; -inf where ``top`` (descending) cannot tell."""
     floor, is_short = _floors(top, states, scaled.shape[1])
-    top_p = _column([state.params.top_p for state in states], torch.float64, top.device)
-    if bool((top_p < 1.0).any()):
+    if any(state.params.top_p < 1.0 for state in states):
+        top_p = _column([state.params.top_p for state in states], torch.float64, top.device)
         mass = scaled.masked_fill(scaled < floor, _MINUS_INF).logsumexp(dim=-1, keepdim=True)
         share = (top.to(torch.float64) - mass).exp_().masked_fill_(top < floor, 0.0)
         last = (share.cumsum(dim=-1) < top_p).sum(dim=-1, keepdim=True)  # index of the token that reaches top_p
@@ -147,22 +177,25 @@ def _floors(top: torch.Tensor, states: Sequence[SampleState], vocab_size: int) -
 
 
 def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+    return upload_list(values, dtype, device).unsqueeze(1)
 
 
 def _logprobs(logits: torch.Tensor, tokens: torch.Tensor, states: Sequence[SampleState]) -> dict[int, TokenLogprob]:
-    """For the rows that ask for it: the drawn token under softmax of the raw logits, and the best alternatives."""
+    """For the rows that ask for it: the drawn token under softmax of the raw logits, and the best alternatives.
+
+    ``tokens`` are in host memory.
+    """
     rows = [row for row, state in enumerate(states) if state.params.logprobs >= 0]
     if not rows:
         return {}
-    index = torch.tensor(rows, device=logits.device)
-    raw = logits[index].to(torch.float32).log_softmax(dim=-1)
-    chosen = raw.gather(1, tokens[index].unsqueeze(1))
-    ranks = (raw > chosen).sum(dim=-1).add_(1).tolist()
+    raw = logits[upload_list(rows, torch.int64, logits.device)].to(torch.float32).log_softmax(dim=-1)
+    chosen = raw.gather(1, upload_list(tokens[rows].tolist(), torch.int64, logits.device).unsqueeze(1))
+    ranks = (raw > chosen).sum(dim=-1).add_(1)
     top = raw.topk(min(max(states[row].params.logprobs for row in rows), raw.shape[1]), dim=-1)
-    best = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    chosen, ranks, *best = Download([chosen.flatten(), ranks, top.values, top.indices]).wait()
+    columns = zip(rows, chosen.tolist(), ranks.tolist(), best[0].tolist(), best[1].tolist(), strict=True)
     result = {}
-    for row, logprob, rank, (values, ids) in zip(rows, chosen.flatten().tolist(), ranks, best, strict=True):
+    for row, logprob, rank, values, ids in columns:
         ordered = sorted(zip(values, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
         ordered = ordered[: states[row].params.logprobs]
         result[row] = TokenLogprob(logprob, rank, tuple(i for _, i in ordered), tuple(v for v, _ in ordered))

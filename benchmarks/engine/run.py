@@ -23,8 +23,9 @@ from plain_loop import PlainLoop
 
 from twinpool.sampling import SamplingParams
 from twinpool.workers.engine.base import Row, SampleState
-from twinpool.workers.engine.torch_engine import TorchEngine, kv_layout
+from twinpool.workers.engine.torch_engine import TorchEngine
 from twinpool.workers.models.config import DTypeName
+from twinpool.workers.models.kv_layout import kv_layout
 from twinpool.workers.models.linear import has_bfloat16_instructions
 from twinpool.workers.models.loader import LoadedModel, load_model
 from twinpool.workers.sampler import Sampler

@@ -32,7 +32,8 @@ from twinpool.proto.twinpool.v1 import inference_pb2 as pb
 from twinpool.proto.twinpool.v1 import inference_pb2_grpc as rpc
 from twinpool.sampling import SamplingParams
 from twinpool.workers.engine.base import Row, SampleState
-from twinpool.workers.engine.torch_engine import TorchEngine, kv_layout
+from twinpool.workers.engine.torch_engine import TorchEngine
+from twinpool.workers.models.kv_layout import kv_layout
 from twinpool.workers.models.loader import load_model
 from twinpool.workers.sampler import Sampler
 from twinpool.workers.transfer.pool import open_pool

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 Role = Literal["prefill", "decode"]
 DTypeName = Literal["float32", "bfloat16"]
+KvDTypeName = Literal["float32", "bfloat16", "float8_e4m3"]
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -46,7 +47,8 @@ class ModelConfig(Section):
 
     path: Path | None = Field(None, description="Hugging Face folder (safetensors) or GGUF file; empty: embedded model")
     name: str | None = Field(None, description="name clients use; empty: the model's own")
-    dtype: DTypeName = Field("float32", description="of weights and KV")
+    dtype: DTypeName = Field("float32", description="of weights")
+    kv_dtype: KvDTypeName | None = Field(None, description="of KV; empty: that of the weights; float8 is slow on CPUs")
 
 
 class EmulatedConfig(Section):

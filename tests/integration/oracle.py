@@ -17,7 +17,8 @@ from twinpool.sampling import SamplingParams
 from twinpool.tokenizer import Tokenizer, embedded_model, load_tokenizer
 from twinpool.workers.blocks import BlockPool
 from twinpool.workers.engine.base import Row, SampleState
-from twinpool.workers.engine.torch_engine import TorchEngine, kv_layout
+from twinpool.workers.engine.torch_engine import TorchEngine
+from twinpool.workers.models.kv_layout import kv_layout
 from twinpool.workers.models.loader import load_model
 from twinpool.workers.sampler import Sampler
 from twinpool.workers.scheduler import Mode, Scheduler

@@ -36,6 +36,7 @@ class AttentionCase(NamedTuple):
     contexts: Tensor
     starts: Tensor
     longest: int
+    scales: Tensor | None = None
 
 
 def copy_case(seed: int, device: str) -> CopyCase:
@@ -58,7 +59,7 @@ def _some_blocks(rng: random.Random, count: int) -> list[int]:
     return [block for run in runs for block in run][: rng.randint(0, 8)]
 
 
-def attention_case(seed: int, device: str, decode: bool) -> AttentionCase:
+def attention_case(seed: int, device: str, decode: bool, float8: bool = False) -> AttentionCase:
     """One layer of a pool in which all that must not be read is NaN, or no block at all."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -80,14 +81,30 @@ def attention_case(seed: int, device: str, decode: bool) -> AttentionCase:
     projected = torch.randn(sum(chunks), heads + 2 * kv_heads, dim).to(dtype)
     index = rng.choice((torch.int32, torch.int64))
     starts = list(itertools.accumulate(chunks, initial=0))
+    kv, scales = pool.to(device)[:, layer], None
+    if float8:
+        kv, scales = _float8(kv)
     return AttentionCase(
         q=projected.to(device)[:, :heads],
-        kv=pool.to(device)[:, layer],
+        kv=kv,
         tables=torch.tensor(tables, dtype=index, device=device),
         contexts=torch.tensor(contexts, dtype=index, device=device),
         starts=torch.tensor(starts, dtype=index, device=device),
         longest=max(chunks),
+        scales=scales,
     )
+
+
+def _float8(kv: Tensor) -> tuple[Tensor, Tensor]:
+    """``kv`` in lines of float8 with their scales behind them, as they lie in a pool; NaN stays NaN."""
+    blocks, _, heads, tokens, dim = kv.shape
+    pool = torch.zeros(blocks, 2 * heads * tokens * (dim + 4), dtype=torch.uint8, device=kv.device)
+    shape = (1, 2, heads, tokens, dim)
+    place, scales = reference.layer_kv(pool, reference.FLOAT8, shape, 0), reference.layer_scales(pool, shape, 0)
+    values, found = reference.quantise(kv)
+    place.copy_(values)
+    scales.copy_(found)
+    return place, scales
 
 
 def _tables(rng: random.Random, contexts: list[int], size: int) -> list[list[int]]:
@@ -138,22 +155,23 @@ def _compare_copy(source: Rows, target: Rows, place: Place) -> None:
 def compare_decode(seed: int, device: str = "cpu") -> None:
     from twinpool.kernels import attention as kernels
 
-    case = attention_case(seed, device, decode=True)
+    case = attention_case(seed, device, decode=True, float8=seed % 3 == 2)
     split_tokens = random.Random(seed).choice((0, 16, 64))
-    out = kernels.paged_decode(case.q, case.kv, case.tables, case.contexts, split_tokens)
+    out = kernels.paged_decode(case.q, case.kv, case.tables, case.contexts, case.scales, split_tokens)
     assert_close(out, case)
 
 
 def compare_prefill(seed: int, device: str = "cpu") -> None:
     from twinpool.kernels import attention as kernels
 
-    case = attention_case(seed, device, decode=False)
+    case = attention_case(seed, device, decode=False, float8=seed % 3 == 2)
     assert_close(kernels.paged_prefill(*case), case)
 
 
 def assert_close(out: Tensor, case: AttentionCase) -> None:
     """``out`` against the reference in float32, as near as the dtype of queries and KV can come."""
-    expected = reference.paged_attention(case.q.float(), case.kv.float(), case.tables, case.contexts, case.starts)
+    kv = case.kv.float() if case.scales is None else case.kv.float() * case.scales.unsqueeze(-1)
+    expected = reference.paged_attention(case.q.float(), kv, case.tables, case.contexts, case.starts)
     assert out.dtype == case.q.dtype
     tolerance = _TOLERANCE[out.dtype]
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)

@@ -12,7 +12,7 @@ from tests.kernels.conftest import Run
 STRIDES = ("q_stride", "q_head_stride", "block_stride", "value_stride", "head_stride", "token_stride")
 ALIGNED = ("source", "target", "q", "kv", "partial", "out", *STRIDES)
 MOVE = dict.fromkeys(("source", "target", "source_blocks", "target_blocks", "sums"), "*i64")
-ATTEND = {"q": "*bf16", "kv": "*bf16", "tables": "*i32", "contexts": "*i32", "scale": "fp32"}
+ATTEND = {"q": "*bf16", "kv": "*bf16", "scales": "*bf16", "tables": "*i32", "contexts": "*i32", "scale": "fp32"}
 DECODE = ATTEND | {"partial": "*fp32", "sums": "*fp32"}
 PREFILL = ATTEND | {"starts": "*i32", "out": "*bf16"}
 pytestmark = pytest.mark.timeout(300)  # ends what hangs; a busy machine may take its time to compile
@@ -69,3 +69,11 @@ def test_prefill_uses_the_tensor_cores_of_hopper(compiling: Run) -> None:
     ptx = str(compiling(compiled, "attention", "_prefill", PREFILL, SIZES | {"M": 128}, 8))
     assert "wgmma.mma_async" in ptx
     assert "cp.async.cg.shared.global" in ptx
+
+
+@pytest.mark.full
+def test_float8_is_widened_for_the_tensor_cores(compiling: Run) -> None:
+    types = DECODE | {"kv": "*fp8e4nv", "scales": "*fp32"}
+    ptx = str(compiling(compiled, "attention", "_decode_splits", types, SIZES | {"M": 16}, 4))
+    assert "e4m3x2" in ptx
+    assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx

@@ -199,10 +199,22 @@ def test_columns_of_numbers_may_be_of_32_bits() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_cpu_tensors_take_the_reference(seed: int) -> None:
-    case = attention_case(seed, "cpu", decode=True)
-    assert_close(ops.paged_decode(case.q, case.kv, case.tables, case.contexts), case)
-    case = attention_case(seed, "cpu", decode=False)
+    case = attention_case(seed, "cpu", decode=True, float8=seed % 2 == 1)
+    assert_close(ops.paged_decode(case.q, case.kv, case.tables, case.contexts, case.scales), case)
+    case = attention_case(seed, "cpu", decode=False, float8=seed % 2 == 1)
     assert_close(ops.paged_prefill(*case), case)
+
+
+def test_float8_and_scales_come_together() -> None:
+    case = attention_case(1, "cpu", decode=True, float8=True)
+    with pytest.raises(ValueError, match="without scales"):
+        ops.paged_decode(case.q, case.kv, case.tables, case.contexts)
+    with pytest.raises(ValueError, match="with scales"):
+        ops.paged_decode(case.q, case.kv.float(), case.tables, case.contexts, case.scales)
+    assert case.scales is not None
+    for scales in (case.scales[:, :, :, 1:], case.scales.double(), case.scales.clone()):
+        with pytest.raises(ValueError, match="do not fit KV"):
+            ops.paged_decode(case.q, case.kv, case.tables, case.contexts, scales)
 
 
 def test_layout_is_that_of_the_engine() -> None:
@@ -210,7 +222,7 @@ def test_layout_is_that_of_the_engine() -> None:
     torch.manual_seed(3)
     layer, spans = 1, [Span(1, 40, [5, 2, 7]), Span(1, 20, [1, 4]), Span(9, 30, [6, 0, 3])]
     pool = torch.zeros(8, LAYERS * 2 * KV_HEADS * TOKENS * DIM * 4, dtype=torch.uint8)
-    engine = PagedKv(pool, CONFIG, torch.float32, TOKENS)
+    engine = PagedKv(pool, CONFIG, "float32", TOKENS)
     kv = ops.layer_kv(pool, torch.float32, engine.layout.shape, layer)
     kv.copy_(torch.randn(kv.shape))
     q = torch.randn(11, CONFIG.heads, DIM)

@@ -12,7 +12,8 @@ import torch
 
 from twinpool.sampling import SamplingParams
 from twinpool.workers.engine.base import Row, Sampled, SampleState
-from twinpool.workers.engine.torch_engine import TorchEngine, kv_layout
+from twinpool.workers.engine.torch_engine import TorchEngine
+from twinpool.workers.models.kv_layout import kv_layout
 from twinpool.workers.models.loader import LoadedModel, embedded_path, load_model
 
 BLOCK = 4

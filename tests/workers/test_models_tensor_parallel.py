@@ -16,8 +16,9 @@ from twinpool.errors import ConfigError
 from twinpool.router.links import LinkSettings
 from twinpool.sampling import SamplingParams
 from twinpool.workers.engine.base import Row, Sampled, SampleState
-from twinpool.workers.engine.torch_engine import TorchEngine, kv_layout
+from twinpool.workers.engine.torch_engine import TorchEngine
 from twinpool.workers.models.config import DTypeName, LlamaConfig, tensor_shapes
+from twinpool.workers.models.kv_layout import kv_layout
 from twinpool.workers.models.loader import LoadedModel
 from twinpool.workers.models.tensor_parallel import share, share_config, share_weights
 from twinpool.workers.ranks import group

@@ -15,9 +15,10 @@ from twinpool.sampling import SamplingParams
 from twinpool.tokenizer import load_tokenizer
 from twinpool.workers.engine.base import Row, Sampled, SampleState
 from twinpool.workers.engine.calibrate import Measured, fit
-from twinpool.workers.engine.torch_engine import TorchEngine, kv_layout
-from twinpool.workers.models.attention import attention_order
+from twinpool.workers.engine.torch_engine import TorchEngine
+from twinpool.workers.models.attention import PagedKv, attention_order
 from twinpool.workers.models.config import DTypeName, LlamaConfig, tensor_shapes
+from twinpool.workers.models.kv_layout import kv_layout
 from twinpool.workers.models.loader import LoadedModel, load_model
 from twinpool.workers.sampler import Sampler
 
@@ -153,6 +154,7 @@ async def test_blocks_mean_the_same_in_another_pool() -> None:
 
 async def test_long_prompt_takes_the_causal_path_and_agrees(engine: tuple[TorchEngine, Recorder]) -> None:
     made, recorder = engine
+    assert isinstance(made._kv, PagedKv)
     made._kv._causal_from = 100
     ids = prompt(200)
     causal = await whole(made, recorder, ids)

@@ -60,8 +60,8 @@ class ModelInfo:
 
     name: str
     fingerprint: str  # hex digest of config and weights
-    dtype: str  # of weights and KV
-    layout: str  # text form of the KV layout, e.g. "block-major/30x2x3x16x64/float32"
+    dtype: str  # of weights
+    layout: str  # text form of the KV layout, e.g. "block-major/30x2x3x16x64/rope-pairs/float32"
     block_size: int  # tokens
     block_bytes: int
     vocab_size: int

@@ -1,4 +1,6 @@
-"""Attention over a paged KV pool, for steps that mix decoding sequences with chunks of prompts.
+"""Attention over a paged KV pool, for steps that mix decoding sequences with chunks of prompts: the way of CPUs.
+
+What the model needs of it is a :class:`StepAttention`; kernel_kv.py makes the same by kernels.
 
 The pool is block-major and head-major: ``[block][layer][k or v][kv head][token][dim]``. Seen as *lines* of one (block,
 layer, k or v, head), each ``block_size * head_dim`` elements in a run, the KV of a sequence is gathered straight into
@@ -11,30 +13,22 @@ never repeated. Decoding rows of similar context are attended together, as many 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from twinpool.workers.models.config import LlamaConfig
+from twinpool.workers.models.config import DTypeName, LlamaConfig
+from twinpool.workers.models.kv_layout import DTYPES, KvLayout, kv_layout
 
 _MOST_PADDING = 1.25  # longest to shortest context within a group of decoding rows
-_GROUP_BYTES_CPU = 3 << 20  # gathered KV of a group, measured: more does not stay in a core's caches
-_GROUP_BYTES_GPU = 256 << 20
-_QUERY_BLOCK_CPU = 64  # queries of a chunk that share one bound on their keys: skips most of what the mask hides
-_QUERY_BLOCK_GPU = 512
-_CAUSAL_FROM_CPU = 768  # tokens of a prompt from which torch's own causal kernel is the faster one (larger tiles)
-
-
-class KvLayout(NamedTuple):
-    """How KV lies in a block."""
-
-    block_bytes: int
-    text: str  # equal at both ends of a transfer, or KV does not move
-    shape: tuple[int, int, int, int, int]  # layers, k and v, kv heads, tokens, dim
+_GROUP_BYTES = 3 << 20  # gathered KV of a group, measured: more does not stay in a core's caches
+_QUERY_BLOCK = 64  # queries of a chunk that share one bound on their keys: skips most of what the mask hides
+_CAUSAL_FROM = 768  # tokens of a prompt from which torch's own causal kernel is the faster one (larger tiles)
 
 
 class Span(NamedTuple):
@@ -45,12 +39,33 @@ class Span(NamedTuple):
     table: Sequence[int]
 
 
-def kv_layout(config: LlamaConfig, dtype: torch.dtype, block_size: int) -> KvLayout:
-    """Bytes, text form and shape of a block of ``block_size`` tokens. Keys are kept after rotation, pairs adjacent."""
-    shape = (config.layers, 2, config.kv_heads, block_size, config.head_dim)
-    sizes = "x".join(map(str, shape))
-    block_bytes = dtype.itemsize * config.layers * 2 * config.kv_heads * block_size * config.head_dim
-    return KvLayout(block_bytes, f"block-major/{sizes}/rope-pairs/{str(dtype).removeprefix('torch.')}", shape)
+class StepAttention(NamedTuple):
+    """The attention of one step, for all its layers."""
+
+    positions: Tensor  # int64 [tokens], of the step's tokens in order
+    # (layer, q [tokens, heads, dim], kv [tokens, 2, kv_heads, dim]), both rotated: writes the layer's kv into the pool
+    # and attends to it and what was there. [tokens, heads * dim] in the dtype of q.
+    attend: Callable[[int, Tensor, Tensor], Tensor]
+
+
+class KvCache(Protocol):
+    """The KV pool as the engine uses it; not for use by two threads at once."""
+
+    layout: KvLayout
+    blocks: int
+    block_size: int
+
+    def step(self, spans: Sequence[Span]) -> StepAttention:
+        """Plan a step. Decoding rows (one token) come first, longest context first: see :func:`attention_order`."""
+        ...
+
+
+def check_pool(pool: Tensor, layout: KvLayout) -> None:
+    """Raises ValueError where ``pool`` is not contiguous uint8 [blocks, block_bytes] of the layout."""
+    if pool.dtype != torch.uint8 or pool.dim() != 2 or pool.shape[1] != layout.block_bytes:
+        raise ValueError(f"the pool is {list(pool.shape)} of {pool.dtype}, not uint8 [blocks, {layout.block_bytes}]")
+    if not pool.is_contiguous():
+        raise ValueError("the pool is not contiguous")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +101,12 @@ class StepPlan:
 
 
 class PagedKv:
-    """The KV pool as tensors. Borrows ``pool``; not for use by two threads at once."""
+    """The KV pool as tensors, in the dtypes that torch computes attention in. Borrows ``pool``; is a ``KvCache``."""
 
-    def __init__(self, pool: Tensor, config: LlamaConfig, dtype: torch.dtype, block_size: int) -> None:
+    def __init__(self, pool: Tensor, config: LlamaConfig, dtype: DTypeName, block_size: int) -> None:
         """``pool`` uint8 [blocks, block_bytes], contiguous. Raises ValueError where it does not fit the layout."""
         layout = kv_layout(config, dtype, block_size)
-        if pool.dtype != torch.uint8 or pool.dim() != 2 or pool.shape[1] != layout.block_bytes:
-            raise ValueError(
-                f"the pool is {list(pool.shape)} of {pool.dtype}, not uint8 [blocks, {layout.block_bytes}]"
-            )
-        if not pool.is_contiguous():
-            raise ValueError("the pool is not contiguous")
+        check_pool(pool, layout)
         self.layout = layout
         self.blocks = pool.shape[0]
         self.block_size = block_size
@@ -104,22 +114,24 @@ class PagedKv:
         self._heads = config.kv_heads
         self._group = config.heads // config.kv_heads
         self._dim = config.head_dim
-        self._dtype = dtype
-        elements = pool.view(-1).view(dtype)
+        self._dtype = DTYPES[dtype]
+        elements = pool.view(-1).view(self._dtype)
         self._slots = elements.view(-1, config.head_dim)
         self._lines = elements.view(-1, block_size * config.head_dim)
         self._scratch = self._lines.new_empty(0, self._lines.shape[1])
         self._block_lines = config.layers * 2 * config.kv_heads
-        on_cpu = pool.device.type == "cpu"
-        self._group_bytes = _GROUP_BYTES_CPU if on_cpu else _GROUP_BYTES_GPU
-        self._query_block = _QUERY_BLOCK_CPU if on_cpu else _QUERY_BLOCK_GPU
-        self._causal_from = _CAUSAL_FROM_CPU if on_cpu else 1
+        self._causal_from = _CAUSAL_FROM
         self._part_lines = torch.arange(2 * config.kv_heads, device=pool.device)
 
     # ---- planning ----------------------------------------------------------------------------------------------
 
+    def step(self, spans: Sequence[Span]) -> StepAttention:
+        """See ``KvCache``."""
+        plan = self.plan(spans)
+        return StepAttention(plan.positions, partial(self.attend, plan))
+
     def plan(self, spans: Sequence[Span]) -> StepPlan:
-        """Plan a step. Decoding rows (one token) come first, longest context first: see :func:`attention_order`."""
+        """Plan a step of rows in the order of :func:`attention_order`."""
         decodes = sum(1 for span in spans if span.tokens == 1)
         flat = torch.tensor([block for span in spans for block in span.table], dtype=torch.int64)
         tables = flat.to(self._device).split([len(span.table) for span in spans])
@@ -146,7 +158,7 @@ class PagedKv:
         first = 0
         while first < len(spans):
             longest = spans[first].start + 1
-            most = max(1, self._group_bytes // (longest * token_bytes))
+            most = max(1, _GROUP_BYTES // (longest * token_bytes))
             last = first + 1
             while last < len(spans) and last - first < most and longest <= _MOST_PADDING * (spans[last].start + 1):
                 last += 1
@@ -178,7 +190,7 @@ class PagedKv:
             past_blocks = -(-span.start // self.block_size)
             lines = self._lines_of(table[:past_blocks]) if span.start else None
             causal = span.start == 0 and span.tokens >= self._causal_from
-            mask = None if causal else self._chunk_mask(span.start + span.tokens, min(self._query_block, span.tokens))
+            mask = None if causal else self._chunk_mask(span.start + span.tokens, min(_QUERY_BLOCK, span.tokens))
             chunks.append(_Chunk(first, first + span.tokens, span.start, lines, mask))
             first += span.tokens
         return chunks
@@ -192,10 +204,7 @@ class PagedKv:
     # ---- a layer -----------------------------------------------------------------------------------------------
 
     def attend(self, plan: StepPlan, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        """Write ``kv [tokens, 2, kv_heads, dim]`` of a layer into the pool and attend.
-
-        ``q [tokens, heads, dim]``, both after rotation. Returns ``[tokens, heads * dim]`` in the dtype of ``q``.
-        """
+        """See ``StepAttention``."""
         offset = layer * 2 * self._heads
         kv = kv.to(self._dtype)
         self._slots.index_copy_(0, plan.slots + offset * self.block_size, kv.reshape(-1, self._dim))
@@ -254,5 +263,5 @@ class PagedKv:
 
 
 def attention_order(counts: Sequence[int], starts: Sequence[int]) -> list[int]:
-    """Indices of rows in the order :meth:`PagedKv.plan` takes them: decodes by falling context, then chunks."""
+    """Indices of rows in the order :meth:`KvCache.step` takes them: decodes by falling context, then chunks."""
     return sorted(range(len(counts)), key=lambda row: (counts[row] != 1, -starts[row] if counts[row] == 1 else 0))

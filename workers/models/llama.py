@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from twinpool.workers.models.attention import PagedKv, StepPlan
+from twinpool.workers.models.attention import StepAttention
 from twinpool.workers.models.config import LlamaConfig
 from twinpool.workers.models.linear import Linear, make_linear
 
@@ -115,17 +115,17 @@ class Llama:
     def _fused_bias(self, weights: dict[str, Tensor], prefix: str) -> Tensor | None:
         return self._fused_qkv(weights, prefix, "bias") if self.config.qkv_bias else None
 
-    def forward(self, tokens: Tensor, plan: StepPlan, kv: PagedKv) -> Tensor:
+    def forward(self, tokens: Tensor, step: StepAttention) -> Tensor:
         """Hidden states ``[tokens, hidden]`` before the last norm; the KV of all tokens is in the pool afterwards.
 
-        ``tokens`` int64 in the order of ``plan``. Raises IndexError for ids outside the vocabulary.
+        ``tokens`` int64 in the order of ``step``. Raises IndexError for ids outside the vocabulary.
         """
         x = functional.embedding(tokens, self._embedding).to(self._act)
-        turns = torch.outer(plan.positions.float(), self._frequencies)
+        turns = torch.outer(step.positions.float(), self._frequencies)
         rotation = torch.polar(torch.ones_like(turns), turns).unsqueeze(1)
         for index, layer in enumerate(self._layers):
             q, new_kv = self._qkv(layer, layer.attention_norm(x), rotation)
-            x = self._plus(layer.output, kv.attend(plan, index, q, new_kv), x)
+            x = self._plus(layer.output, step.attend(index, q, new_kv), x)
             hidden = layer.mlp_norm(x)
             x = self._plus(layer.down, layer.up.times(hidden, layer.gate.silu(hidden)), x)
         return x

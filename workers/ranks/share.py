@@ -13,9 +13,9 @@ from torch import Tensor
 from twinpool.config import ClusterConfig
 from twinpool.errors import ConfigError, EngineError
 from twinpool.workers.engine.base import Sampled, SampleState
-from twinpool.workers.engine.torch_engine import LogitsSampler, OtherRanks, TorchEngine, kv_layout
+from twinpool.workers.engine.torch_engine import EngineOptions, LogitsSampler, OtherRanks, TorchEngine
 from twinpool.workers.kv_room import room
-from twinpool.workers.models.attention import KvLayout
+from twinpool.workers.models.kv_layout import KvLayout, kv_layout
 from twinpool.workers.models.loader import LoadedModel, load_model
 from twinpool.workers.models.tensor_parallel import share, share_config, share_weights
 from twinpool.workers.ranks.group import ProcessGroup
@@ -56,7 +56,7 @@ def load_rank(config: ClusterConfig, rank: int, ranks: int) -> RankModel:
     weights = share_weights(model.config, own, rank == 0, model.weights)
     weights = {name: weight.to(device) for name, weight in weights.items()}
     part = LoadedModel(model.name, model.fingerprint, share_config(model.config, own), model.dtype, weights)
-    whole = kv_layout(model.config, model.dtype, size)
+    whole = kv_layout(model.config, config.model.kv_dtype or model.dtype, size)
     lines = 2 * model.config.layers
     layout = BlockLayout(lines, model.config.kv_heads, whole.block_bytes // (lines * model.config.kv_heads))
     blocks = room(config, layout.block_bytes(len(own.kv_heads)), model.config.max_context, device)
@@ -95,7 +95,9 @@ def start_engine(
     if model.device != "cpu":
         torch.cuda.set_device(model.device)
     size, threads = config.worker.block_size, config.worker.threads
-    engine = TorchEngine(model.part, pool.memory, size, threads, sampler, group, others)
+    # No decode graphs: NCCL's all-reduce within a graph is not tried, and the pool has no block for them.
+    options = EngineOptions(config.model.kv_dtype)
+    engine = TorchEngine(model.part, pool.memory, size, threads, sampler, group, others, options)
     layout = f"{model.whole.text}/by-heads"
     engine.info = replace(engine.info, layout=layout, block_bytes=model.whole.block_bytes)
     return engine

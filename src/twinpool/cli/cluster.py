@@ -24,7 +24,7 @@ _NAME_WIDTH = 10
 
 
 class DType(StrEnum):
-    """Of weights and KV."""
+    """Of weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -34,7 +34,9 @@ def up(
     config_file: ConfigFile = None,
     prefill: Annotated[int | None, typer.Option(help="Prefill workers (pools.prefill.workers).")] = None,
     decode: Annotated[int | None, typer.Option(help="Decode workers (pools.decode.workers).")] = None,
-    dtype: Annotated[DType | None, typer.Option(help="Of weights and KV (model.dtype).")] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Of weights, and KV without model.kv_dtype (model.dtype).")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Hugging Face folder or GGUF file (model.path).")] = None,
     sets: SetOptions = None,
     ready_file: Annotated[
