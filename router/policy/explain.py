@@ -20,7 +20,6 @@ from twinpool.router.policy.fetch import MIN_GAIN_S, Offer, best_offer
 from twinpool.router.policy.least_seconds import (
     CLOCK_ERROR,
     LOCAL_MARGIN,
-    LOCAL_MEMORY,
     MAX_COMMIT_S,
     MIN_COMMIT_S,
     MIN_LOCAL_CHUNK,
@@ -39,7 +38,6 @@ BATCH_FULL: Final = "batch is full"
 NO_DECODER: Final = "no decode worker"
 BUSY: Final = "busy over {:.0f} ms"
 PROMPTS: Final = "has a prompt"
-BOOKED: Final = f"over {100 * LOCAL_MEMORY:.0f} % booked"
 SMALL_CHUNK: Final = f"under {MIN_LOCAL_CHUNK} tokens a step"
 MARGIN: Final = f"under {100 * (LOCAL_MARGIN - 1.0):.0f} % in hand"
 IN_LINE: Final = "KV waits for it"
@@ -167,7 +165,6 @@ def _local_row(
         (not worker.could_fit(need), TOO_SMALL),
         (bool(worker.fills), PROMPTS),
         (worker.free_at(now) > now + horizon_s + CLOCK_ERROR, BUSY.format(1000.0 * horizon_s)),
-        (worker.booked > LOCAL_MEMORY * worker.capacity, BOOKED),
         (worker.full, SAID_FULL),
         (not worker.fits(need), NO_MEMORY),
         (worker.batch >= worker.max_batch, BATCH_FULL),

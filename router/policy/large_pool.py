@@ -170,17 +170,16 @@ class LocalSearch:
     ``make``: the candidate of one worker, of which (worker, request, cached tokens, seconds alone, now) are told.
     """
 
-    __slots__ = ("_bound", "_make", "_most_booked", "_need", "_orders", "_request", "_workers", "best", "now")
+    __slots__ = ("_bound", "_make", "_need", "_orders", "_request", "_workers", "best", "now")
 
     def __init__(
-        self, request: Request, pool: Pool, orders: Orders, need: int, most_booked: float, bound: float, now: float,
+        self, request: Request, pool: Pool, orders: Orders, need: int, bound: float, now: float,
         make: Local,
     ) -> None:  # fmt: skip
         self._request = request
         self._workers = pool.workers
         self._orders = orders
         self._need = need
-        self._most_booked = most_booked
         self._bound = bound
         self.now = now
         self._make = make
@@ -200,8 +199,6 @@ class LocalSearch:
     def ask(self, number: int, cached: int, alone_s: float) -> bool:
         """Count one worker in; whether it could take the prompt."""
         worker = self._workers[number]
-        if worker.booked > self._most_booked * worker.capacity:
-            return False
         if not worker.fits(self._need) or worker.batch >= worker.max_batch:
             return False
         found = self._make(worker, self._request, cached, alone_s, self.now)
@@ -233,19 +230,19 @@ class LocalSearch:
                 self.ask(number, cached, alone_s)
 
 
-def may_take_prompts(pool: Pool, orders: Orders, most_booked: float, limit: float, now: float) -> bool:
-    """Whether a decode worker is done with its prompts until ``limit``, and has at most that share of memory booked."""
+def may_take_prompts(pool: Pool, orders: Orders, limit: float, now: float) -> bool:
+    """Whether a decode worker is done with its prompts until ``limit``, and has memory that is not booked."""
     for _, number in orders.booked.places:
         if orders.free >> number & 1:
             worker = pool.workers[number]
-            if worker.booked <= most_booked * worker.capacity:
+            if worker.booked <= worker.limit:
                 return True
             break
     for end, number in orders.busy.places:
         if end > limit:
             break
         worker = pool.workers[number]
-        takes = orders.decode >> number & 1 and not worker.fills and worker.booked <= most_booked * worker.capacity
+        takes = orders.decode >> number & 1 and not worker.fills and worker.booked <= worker.limit
         if takes and worker.free_at(now) <= limit:
             return True
     return False
@@ -273,16 +270,14 @@ def may_be_earlier(
     return False
 
 
-def passed_by(
-    request: Request, found: list[Depth], pool: Pool, orders: Orders, most_booked: float, limit: float, now: float
-) -> float:
+def passed_by(request: Request, found: list[Depth], pool: Pool, orders: Orders, limit: float, now: float) -> float:
     """Short for what is asked most often: the earliest finish at a prefill worker (with the usual error in hand), where
     none of these has room until ``limit`` and no decode worker that may take prompts would be earlier; -1: somebody
     might take this one.
     """
     if orders.first_end <= limit or orders.prefill & orders.decoding or not orders.decode:
         return -1.0
-    if not may_take_prompts(pool, orders, most_booked, limit, now):
+    if not may_take_prompts(pool, orders, limit, now):
         return -1.0
     least, surest = least_finish(request.length, found, pool, orders, now)
     return -1.0 if may_be_earlier(request, found, orders, least, limit, now) else surest

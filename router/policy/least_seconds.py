@@ -28,7 +28,6 @@ from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
 MIN_LOCAL_CHUNK: Final = 64  # tokens beside decodes: below that a local prompt starves
-LOCAL_MEMORY: Final = 0.7  # booked share of a decode worker above which it takes no prompts
 LOCAL_MARGIN: Final = 1.25
 UNHOMED_SHARE: Final = 0.5  # of the prefill pool's KV that may wait for a decode worker
 MIN_COMMIT_S: Final = 0.020
@@ -79,7 +78,7 @@ class LeastSeconds:
             stairs = known.stairs
             if self.paths == "auto" and not anyway and request.rank < BATCH_RANK:
                 limit = now + self._horizon(view) + CLOCK_ERROR
-                finish = large_pool.passed_by(request, known.depths, view.pool, view.orders, LOCAL_MEMORY, limit, now)
+                finish = large_pool.passed_by(request, known.depths, view.pool, view.orders, limit, now)
                 if finish >= 0.0:
                     return self._passed(request, stairs, finish, view, now)
         outlook = NO_OUTLOOK if self.paths == "local" else self._outlook(request, stairs, view, now)
@@ -238,19 +237,17 @@ class LeastSeconds:
         limit = now + self._horizon(view) + CLOCK_ERROR
         orders = view.orders
         if orders is not None:
-            if not large_pool.may_take_prompts(view.pool, orders, LOCAL_MEMORY, limit, now):
+            if not large_pool.may_take_prompts(view.pool, orders, limit, now):
                 return None, False
             found = orders.known[request.rid].depths
             if split is None and not large_pool.may_be_earlier(request, found, orders, bound, limit, now):
                 return None, True
-            search = large_pool.LocalSearch(
-                request, view.pool, orders, need, LOCAL_MEMORY, bound, now, self._local_candidate
-            )
+            search = large_pool.LocalSearch(request, view.pool, orders, need, bound, now, self._local_candidate)
             also = NOBODY if split is None else split.worker
             return large_pool.best_local(search, found, orders, bound, limit, also), True
         alike, seconds, known = -1, 0.0, None
         for worker in view.pool.decode:
-            if worker.fills or worker.booked > LOCAL_MEMORY * worker.capacity:
+            if worker.fills or worker.booked > worker.limit:
                 continue
             free_at = worker.free_at(now)
             if free_at > limit:

@@ -62,13 +62,13 @@ def test_why_no_prompt_goes_to_a_decode_worker() -> None:
     busy(view, 0, 0.5)
     workers[6].book(6, 6, 10)
     workers[6].commit_prefill(6, 0.01, 10, 0, NOW, fills=True)
-    workers[1].book(7, 7, int(0.7 * workers[1].capacity) + 1)
+    workers[1].book(7, 7, int(workers[1].limit) - 400)
     workers[2].full = True
     decoding(view, 3, 8, itl_s=9.0)
     decoding(view, 4, 2, itl_s=0.012)
     why = {worker: row.why_not for (worker, path), row in prompts(view, ask()).items() if path == "local"}
     assert why == {
-        0: "busy over 20 ms", 1: ex.BOOKED, 2: ex.SAID_FULL, 3: ex.BATCH_FULL, 4: ex.SMALL_CHUNK, 5: "", 6: ex.PROMPTS,
+        0: "busy over 20 ms", 1: ex.NO_MEMORY, 2: ex.SAID_FULL, 3: ex.BATCH_FULL, 4: ex.SMALL_CHUNK, 5: "", 6: ex.PROMPTS,
     }  # fmt: skip
     assert prompts(view, ask(3900, 50))[5, "local"].why_not == ex.TOO_SMALL
     view.pool.workers[5].book(8, 8, int(0.6 * workers[5].capacity))

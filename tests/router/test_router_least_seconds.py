@@ -206,7 +206,7 @@ def test_a_decode_worker_takes_prompts_only_beside_its_decodes(hindrance: str) -
     decoding(view, 1, 2)
     assert LeastSeconds().on_room(ask(), view, NOW) is not None
     if hindrance == "memory":
-        decode.book(7, 7, 2800)
+        decode.book(7, 7, 3900)
     elif hindrance == "prompt":
         busy(view, 1, 0.01)
         assert LeastSeconds().on_room(ask(), view, NOW) is not None, "done within the horizon"
