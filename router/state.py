@@ -112,8 +112,17 @@ class State:
         self.room_changed = True
 
     def predict_output(self, request: Request) -> None:
-        """From what ended of late."""
-        request.expected_output = max(1, round(self.lengths.left(request.tenant, request.rank, request.emitted)))
+        """From what ended of late, and what it has written."""
+        left = max(1, round(self.lengths.left(request.tenant, request.rank, request.emitted)))
+        request.expected_output = request.emitted - request.emitted_before + left
+
+    def book_anew(self, worker: Worker) -> None:
+        """What decodes there has grown: by what is known of it now."""
+        for attempt in worker.decodes:
+            request = self.by_attempt[attempt]
+            self.predict_output(request)
+            worker.book(attempt, request.rid, request.length + request.output_to_come)
+            worker.grew(attempt, request.prompt_len + request.emitted)
 
     def bind(self, request: Request, placement: Placement) -> None:
         """Out of the queue, to one worker's line: what binds at arrival is never placed again."""

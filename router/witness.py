@@ -22,6 +22,7 @@ class WatchedPolicy:
         self.inner = policy
         self.name = policy.name
         self.early = policy.early
+        self.rebalances = policy.rebalances
         self._story = story
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
