@@ -119,9 +119,7 @@ class Core:
     def _submit(self, event: ev.Submit, now: float) -> None:
         state, request = self.state, event.request
         request.arrival = now
-        request.deadline = (
-            now + request.ttft_s + request.ttft_factor * state.pool.unloaded_prefill_s(request.prompt_len)
-        )
+        request.deadline = now + request.ttft_s + request.ttft_factor * state.pool.unloaded_s(request.prompt_len)
         state.requests[request.rid] = request
         if state.queue.full:
             state.refuse(request, "RESOURCE_EXHAUSTED", "QUEUE_FULL", "the queue is full: come back later", now, 1.0)

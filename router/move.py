@@ -56,13 +56,15 @@ class Moves:
     def relieve(self, request: Request, policy: Policy, now: float) -> None:
         """KV memory runs out where it decodes, and it would be preempted first: it goes where there is room, if any is.
 
-        By its bookings the worker had room, so what decodes there is booked anew before.
+        By its bookings the worker had room, so these are put right before.
         """
         state = self._state
         worker = state.pool.workers[request.decode]
         state.book_anew(worker)
         if request.moves or not _may_move(request, worker) or _under_way(state, worker) >= AT_ONCE:
             return
+        state.predict_output(request)
+        worker.book(request.attempt, request.rid, request.length + request.output_to_come)
         target = policy.decode_for(request, state.view(), now)
         if target not in (NOBODY, worker.id):
             self._begin(request, worker, state.pool.workers[target], now)

@@ -378,7 +378,7 @@ class Pool:
         """Whether any worker of that pool may take new work."""
         return bool(self.of(role))
 
-    def unloaded_prefill_s(self, tokens: int) -> float:
+    def unloaded_s(self, tokens: int) -> float:
         """Seconds of a prompt alone on the fastest worker, in the chunks that TTFT SLOs count in; 0 without workers."""
         return min([cost.prefill(tokens, 0, UNLOADED_CHUNK) for cost in self.costs], default=0.0)
 
