@@ -28,7 +28,7 @@ class Last(AtArrival):
         return workers[-self.back]
 
 class Half:
-    name, early = "half", True
+    name, early, rebalances = "half", True, False
 
 INFO = PolicyInfo("last", "the last one", "here", "nothing", Last, {"back": Parameter(1, 1, 3, "from the end")})
 number = 3
