@@ -26,7 +26,7 @@ COMPILED = [  # below src/twinpool
     *(f"router/policy/{name}" for name in ("least_seconds", "orders")),
     *(f"sim/{name}" for name in ("decode", "kv_feed", "links", "loop", "members", "memory", "prompts", "record")),
     *(f"sim/{name}" for name in ("seats", "sequence", "steps", "worker")),
-    *(f"workers/{name}" for name in ("chunks", "eviction", "pace")),
+    *(f"workers/{name}" for name in ("chunks", "eviction", "pace", "preemption")),
     "cost_grid",
 ]
 FLAGS = ["-ffp-contract=off"]  # a fused multiply-add rounds once where the interpreter rounds twice

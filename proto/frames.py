@@ -16,7 +16,7 @@ import msgspec
 from twinpool.cost import StepCost
 from twinpool.sampling import SamplingParams, TokenLogprob
 
-VERSION = 4
+VERSION = 5
 MAX_FRAME = 4 << 20
 MAX_CONTEXT = 1 << 19  # tokens; MAX_FRAME holds their ids and block columns
 
@@ -191,6 +191,12 @@ class Preempted(Frame, frozen=True):
     attempt: Attempt
 
 
+class Short(Frame, frozen=True):
+    """Fewer blocks are free than sequences decode: unless some end soon, this attempt is preempted. Said once."""
+
+    attempt: Attempt
+
+
 class Failed(Frame, frozen=True):
     """The attempt cannot go on here."""
 
@@ -353,7 +359,7 @@ class Cancel(Frame, frozen=True):
 
 FromWorker = (
     Hello | Heartbeat | Report | KvEvents | Reserved | NoRoom | Progress | BlocksReady | BlocksVerified | BlocksBad
-    | Tokens | Preempted | Failed | Leaving | Goodbye
+    | Tokens | Preempted | Short | Failed | Leaving | Goodbye
 )  # fmt: skip
 ToWorker = (
     Welcome | Refused | Ack | Drain | SetRole | Snapshot | Reserve | Lend | Release | Renew | Prefill | Pull | Decode
@@ -371,26 +377,3 @@ def encode(frame: Frame) -> bytes:
     if len(body) > MAX_FRAME:
         raise ValueError(f"{type(frame).__name__} of {len(body)} bytes is above the frame limit of {MAX_FRAME}")
     return len(body).to_bytes(4, "little") + body
-
-
-class Splitter:
-    """Cuts a byte stream into frame bodies. Feeding more than ``MAX_FRAME`` of one frame raises ValueError."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Bodies completed by ``data``, in order; the rest is kept for the next call."""
-        self._buffer += data
-        bodies: list[bytes] = []
-        start = 0
-        while len(self._buffer) - start >= 4:
-            size = int.from_bytes(self._buffer[start : start + 4], "little")
-            if size > MAX_FRAME:
-                raise ValueError(f"frame of {size} bytes is above the limit of {MAX_FRAME}")
-            if len(self._buffer) - start - 4 < size:
-                break
-            bodies.append(bytes(self._buffer[start + 4 : start + 4 + size]))
-            start += 4 + size
-        del self._buffer[:start]
-        return bodies

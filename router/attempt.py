@@ -323,6 +323,12 @@ class Attempts:
         """Sequences of workers that leave the decode pool go on elsewhere."""
         self._moves.empty(policy, now)
 
+    def relieve(self, event: ev.Short, policy: Policy, now: float) -> None:
+        """Memory will not last where it decodes."""
+        request = self._state.attempt_of(event.worker, event.attempt)
+        if request is not None and event.worker == request.decode:
+            self._moves.relieve(request, policy, now)
+
     def _go_on_at(self, request: Request, placement: Placement, now: float) -> None:
         """It yielded, and its prompt is at another worker already."""
         state = self._state

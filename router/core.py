@@ -22,7 +22,6 @@ from twinpool.router.pool import MEMORY_LIMIT, Worker
 from twinpool.router.request import Phase, Request
 from twinpool.router.state import Limits, State
 
-UNLOADED_CHUNK: Final = 2048  # tokens a step of the prefill that the TTFT SLO is measured in
 RENEWALS_PER_LEASE: Final = 3
 MIN_TICK_S: Final = 0.001  # between two looks at a worker that is later than predicted
 FILL_BELOW: Final = 0.85  # of the prefill workers may compute prompts when one of the batch class is added
@@ -49,7 +48,7 @@ class Core:
             ev.Submit: self._submit, ev.Cancel: self._cancel, ev.Tick: self._tick,
             ev.WorkerUp: self._worker_up, ev.WorkerLost: self._worker_lost, ev.WorkerDraining: self._worker_draining,
             ev.RolesSet: self._roles_set, ev.Reported: self._reported, ev.KvChanged: self._kv_changed,
-            ev.Reserved: self.attempts.reserved, ev.NoRoom: self.attempts.no_room,
+            ev.Short: self._short, ev.Reserved: self.attempts.reserved, ev.NoRoom: self.attempts.no_room,
             ev.Progressed: self.attempts.progressed, ev.BlocksReady: self.attempts.blocks_ready,
             ev.BlocksVerified: self.attempts.blocks_verified, ev.BlocksBad: self.attempts.blocks_bad,
             ev.Emitted: self.attempts.emitted, ev.Ended: self.attempts.ended, ev.AttemptLost: self.attempts.lost,
@@ -120,8 +119,7 @@ class Core:
     def _submit(self, event: ev.Submit, now: float) -> None:
         state, request = self.state, event.request
         request.arrival = now
-        costs = state.pool.costs
-        request.work_s = min([cost.prefill(request.prompt_len, 0, UNLOADED_CHUNK) for cost in costs], default=0.0)
+        request.work_s = state.pool.unloaded_s(request.prompt_len)
         request.deadline = now + request.ttft_s + request.ttft_factor * request.work_s
         state.requests[request.rid] = request
         if state.queue.full:
@@ -331,6 +329,10 @@ class Core:
     def _kv_changed(self, event: ev.KvChanged, now: float) -> None:
         if event.worker in self.state.pool.workers:
             self.state.index.change(event.worker, event.stored, event.removed, event.reset)
+
+    def _short(self, event: ev.Short, now: float) -> None:
+        if self.policy.rebalances:
+            self.attempts.relieve(event, self.policy, now)
 
     # --- time ----------
 

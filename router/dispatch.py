@@ -276,6 +276,8 @@ class Dispatcher:
                 self._on(ev.BlocksBad(link.id, frame.attempt, frame.reason))
             case frames.Preempted():
                 self._on(ev.AttemptLost(link.id, frame.attempt, "preempted", False))
+            case frames.Short():
+                self._on(ev.Short(link.id, frame.attempt))
             case frames.Leaving():
                 self._drain(link.id)
             case frames.Failed():

@@ -222,6 +222,16 @@ class AttemptLost(Record):
         self.counts = counts
 
 
+class Short(Record):
+    """KV memory of the worker will soon be full: unless others end before, this attempt is preempted."""
+
+    __slots__ = ("attempt", "worker")
+
+    def __init__(self, worker: int, attempt: int) -> None:
+        self.worker = worker
+        self.attempt = attempt
+
+
 class Tick(Record):
     """Time passed; see ``Core.next_tick``."""
 
@@ -230,7 +240,8 @@ class Tick(Record):
 
 Event = (
     Submit | Cancel | WorkerUp | WorkerLost | WorkerDraining | RolesSet | Reported | KvChanged | Reserved | NoRoom
-    | Progressed | BlocksReady | BlocksVerified | BlocksBad | Emitted | Ended | AttemptLost | Tick
+    | Progressed | BlocksReady | BlocksVerified | BlocksBad | Emitted | Ended | AttemptLost | Short
+    | Tick
 )  # fmt: skip
 
 # --- actions ----------
@@ -241,8 +252,9 @@ class Send(Record):
 
     __slots__ = ("attempt", "worker")
 
-    worker: int
-    attempt: int
+    def __init__(self, worker: int, attempt: int) -> None:
+        self.worker = worker
+        self.attempt = attempt
 
 
 class SendReserve(Send):
@@ -321,19 +333,11 @@ class SendRelease(Send):
 
     __slots__ = ()
 
-    def __init__(self, worker: int, attempt: int) -> None:
-        self.worker = worker
-        self.attempt = attempt
-
 
 class SendYield(Send):
     """Stop a running attempt and say so, as if it were preempted: it goes on elsewhere."""
 
     __slots__ = ()
-
-    def __init__(self, worker: int, attempt: int) -> None:
-        self.worker = worker
-        self.attempt = attempt
 
 
 class SendCancel(Send):

@@ -18,6 +18,7 @@ import msgspec
 
 from twinpool.errors import ConfigError
 from twinpool.proto import frames
+from twinpool.proto.splitter import Splitter
 
 log = logging.getLogger("twinpool.router.links")
 
@@ -73,7 +74,7 @@ class WorkerLink(asyncio.Protocol):
         self.last_seen = 0.0
         self.goodbye = ""
         self._loop = asyncio.get_running_loop()
-        self._splitter = frames.Splitter()
+        self._splitter = Splitter()
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
         self._step = (0, 0.0)  # engine step, and since when it stands there

@@ -69,8 +69,8 @@ COUNTERS = {
         "Prompt work that another worker had done. scheduling.fetch: false turns it off."),
     "fetch_seconds": Row("twinpool_fetch_seconds", ("kind",), "Seconds of fetches that came: predicted and actual.",
         "Actual far above predicted: the links carry more than the router knows of."),
-    "moves": Row("twinpool_moves", (), "Sequences that went on at another decode worker while theirs was drained.",
-        "Moves with drains and role changes only; see twinpool_lost_attempts_total for what they did not save."),
+    "moves": Row("twinpool_moves", (), "Sequences that went on at another decode worker.",
+        "Moves with drains, role changes, and where outputs outgrow KV memory: many of these ask for decode workers."),
     "predictions": Row("twinpool_predictions", ("what", "kind"),
         "What requests were predicted to be, and were: prefill_seconds, cached_tokens, output_tokens. Those that lost"
         " an attempt or were resumed are left out.",

@@ -8,7 +8,9 @@
 The loan and the reservation have numbers of their own, as those of a fetch. Whatever fails before the yield costs
 nothing: the sequence goes on where it is. What fails after it is a preemption, and planned again like any other.
 
-Sequences move from workers that leave the decode pool: drained ones, and those that got other roles.
+Sequences move from workers that leave the decode pool (drained ones, and those that got other roles), and from those
+whose KV memory runs out: these say whom they would preempt first, some steps before (workers/preemption.py). For want
+of memory a sequence moves once: what it has written is computed again, and it is the youngest where it comes to.
 """
 
 from __future__ import annotations
@@ -39,9 +41,8 @@ class Moves:
         state.leaving = [worker for worker in state.leaving if worker.decodes]
         view = state.view()
         for worker in state.leaving:
-            requests = [state.by_attempt[attempt] for attempt in worker.decodes]
-            under_way = sum([1 for request in requests if request.move is not None])
-            for request in requests:
+            under_way = _under_way(state, worker)
+            for request in [state.by_attempt[attempt] for attempt in worker.decodes]:
                 if under_way >= AT_ONCE:
                     break
                 if not _may_move(request, worker):
@@ -51,6 +52,22 @@ class Moves:
                     return
                 self._begin(request, worker, state.pool.workers[target], now)
                 under_way += 1
+
+    def relieve(self, request: Request, policy: Policy, now: float) -> None:
+        """KV memory runs out where it decodes, and it would be preempted first: it goes where there is room, if any is.
+
+        By its bookings the worker had room, so these are put right before.
+        """
+        state = self._state
+        worker = state.pool.workers[request.decode]
+        state.book_anew(worker)
+        if request.moves or not _may_move(request, worker) or _under_way(state, worker) >= AT_ONCE:
+            return
+        state.predict_output(request)
+        worker.book(request.attempt, request.rid, request.length + request.output_to_come)
+        target = policy.decode_for(request, state.view(), now)
+        if target not in (NOBODY, worker.id):
+            self._begin(request, worker, state.pool.workers[target], now)
 
     def _begin(self, request: Request, source: Worker, target: Worker, now: float) -> None:
         state = self._state
@@ -139,6 +156,11 @@ class Moves:
         cached = min(max(move.held, move.pulled), (length - 1) // worker.block_size) * worker.block_size
         seconds = worker.prompt_s(length - cached, cached, request.itl_s)
         return Placement(worker.id, worker.id, "local", f"moved here from {move.source_name}", cached, seconds)
+
+
+def _under_way(state: State, worker: Worker) -> int:
+    """Moves from this worker."""
+    return sum([1 for attempt in worker.decodes if state.by_attempt[attempt].move is not None])
 
 
 def _may_move(request: Request, worker: Worker) -> bool:

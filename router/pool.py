@@ -18,6 +18,7 @@ from twinpool.router.request import Bound, Request
 PROBE_TOKENS: Final = 512  # by which two measurements of one device are compared
 ROUNDING: Final = 1e-9  # seconds
 FAR_TOKENS: Final = 16384  # position in a prompt at which the seconds of a token are looked up a second time
+UNLOADED_CHUNK: Final = 2048  # tokens a step of the prefill that the TTFT SLO is measured in
 MEMORY_LIMIT: Final = 0.97  # share of a worker's KV tokens that may be booked
 
 
@@ -254,6 +255,12 @@ class Worker:
         self.itl_s[attempt] = itl_s
         self.slos[itl_s] = self.slos.get(itl_s, 0) + 1
 
+    def grew(self, attempt: int, context: int) -> None:
+        """A sequence that decodes here has so many tokens by now. Books nothing."""
+        self.context += context - self.decodes[attempt]
+        self.decodes[attempt] = context
+        self._beside.clear()
+
     def forget(self, attempt: int, now: float) -> bool:
         """Drop everything of an attempt; whether there was anything. Idempotent."""
         if self.attempts.pop(attempt, None) is None:
@@ -370,6 +377,10 @@ class Pool:
     def has(self, role: str) -> bool:
         """Whether any worker of that pool may take new work."""
         return bool(self.of(role))
+
+    def unloaded_s(self, tokens: int) -> float:
+        """Seconds of a prompt alone on the fastest worker, in the chunks that TTFT SLOs count in; 0 without workers."""
+        return min([cost.prefill(tokens, 0, UNLOADED_CHUNK) for cost in self.costs], default=0.0)
 
     @property
     def prefill_share(self) -> float:

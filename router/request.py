@@ -173,7 +173,7 @@ class Request:
         self.placed_at = self.first_at = self.finished_at = -1.0
         self.compute_s = 0.0
         self.kv_bytes = self.cached = 0
-        self.expected_output = max_tokens  # tokens to come, predicted when it was queued
+        self.expected_output = max_tokens  # tokens of an attempt, predicted when it was queued, or as they came
         self.expected: Expected | None = None  # of its first attempt
         self.charged_output = -1  # tokens that its tenant was charged for; -1: not served yet
         self.bound_to = NOBODY  # the worker in whose ``bound`` it waits
@@ -210,8 +210,8 @@ class Request:
 
     @property
     def output_to_come(self) -> int:
-        """Output tokens to book for: as predicted, at most what may still come."""
-        return min(self.left, self.expected_output)
+        """Output tokens of this attempt to book for: as predicted, at most what may come."""
+        return min(self.max_tokens - self.emitted_before, self.expected_output)
 
     @property
     def wants_transfer(self) -> bool:

@@ -21,6 +21,7 @@ from twinpool.router.request import NOBODY, Bound, Phase, Placement, Request
 
 FORGETTING: Final = 0.05  # weight of a new sample in the running means
 MIN_TIMERS: Final = 1024
+AHEAD: Final = 128  # tokens of output for which a sequence that outgrew its booking is booked on
 LARGE_POOL: Final = 33  # workers from which on it is quicker to keep them in order than to ask each
 
 
@@ -112,8 +113,22 @@ class State:
         self.room_changed = True
 
     def predict_output(self, request: Request) -> None:
-        """From what ended of late."""
-        request.expected_output = max(1, round(self.lengths.left(request.tenant, request.rank, request.emitted)))
+        """From what ended of late, and what it has written."""
+        left = max(1, round(self.lengths.left(request.tenant, request.rank, request.emitted)))
+        request.expected_output = request.emitted - request.emitted_before + left
+
+    def book_anew(self, worker: Worker) -> None:
+        """What decodes there has grown: at least what each has, and a little.
+
+        All that is predicted of each would keep others out for long: not all come to their ends at once.
+        """
+        for attempt in worker.decodes:
+            request = self.by_attempt[attempt]
+            known = request.prompt_len + request.emitted
+            tokens = known + min(request.left, AHEAD)
+            if tokens > worker.held[attempt]:
+                worker.book(attempt, request.rid, tokens)
+            worker.grew(attempt, known)
 
     def bind(self, request: Request, placement: Placement) -> None:
         """Out of the queue, to one worker's line: what binds at arrival is never placed again."""

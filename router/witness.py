@@ -23,6 +23,7 @@ class WatchedPolicy:
         self.name = policy.name
         self.early = policy.early
         self.by_deadline = policy.by_deadline
+        self.rebalances = policy.rebalances
         self._story = story
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from twinpool.cost import Cost
 from twinpool.errors import ConfigError
-from twinpool.router.core import UNLOADED_CHUNK
+from twinpool.router.pool import UNLOADED_CHUNK
 from twinpool.sim.bound_cache import Reuse, reuse_of
 from twinpool.sim.bound_cost import Amounts, Engine, Shape
 from twinpool.sim.bound_lines import Floats

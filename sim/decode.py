@@ -353,6 +353,11 @@ class Batch:
                     return at
         return cap
 
+    def blocks(self, sequence: Sequence) -> int:
+        """What a sequence that decodes has by the plans that are counted."""
+        rounds = (self.grown - sequence.grows) // self._size + 1 if sequence.growing else 0
+        return sequence.blocks + rounds
+
     def needs_block(self, sequence: Sequence) -> bool:
         """Whether the plan of the step that begins now takes a block for it."""
         since = self.step - sequence.grows

@@ -10,6 +10,7 @@ from twinpool.sim.net import Net
 from twinpool.sim.prompts import Prompts
 from twinpool.sim.seats import Seats
 from twinpool.sim.sequence import GONE, HELD, NEVER, RUNNING, Sequence
+from twinpool.workers.preemption import first_to_go, to_warn
 
 
 class Members:
@@ -21,7 +22,7 @@ class Members:
 
     __slots__ = (
         "_batch", "_id", "_memory", "_net", "_order", "_size", "fresh", "held", "joining", "leaving", "prompts",
-        "running", "seats", "turn",
+        "running", "seats", "spare", "turn",
     )  # fmt: skip
 
     def __init__(
@@ -35,6 +36,7 @@ class Members:
         self.fresh: list[Sequence] = []
         self.leaving: list[Sequence] = []
         self.turn = 0  # the next one
+        self.spare = 0  # blocks that may be taken after a plan that warned before the next warning
         self._id = id
         self._net = net
         self._memory = memory
@@ -99,11 +101,7 @@ class Members:
 
     def preempt(self, now: float) -> int:
         """Between two steps the youngest sequence of the lowest class has to go; how many blocks it wanted itself."""
-        worst: Sequence | None = None
-        for sequence in [*self.prompts.all(), *self.running.values()]:
-            if worst is None or (sequence.rank, sequence.order) > (worst.rank, worst.order):
-                worst = sequence
-        assert worst is not None, "a block is wanted, so there is a sequence"
+        worst = first_to_go([*self.prompts.all(), *self.running.values()])
         wanted = 0
         if worst.state == RUNNING:
             del self.running[worst.attempt]
@@ -117,6 +115,20 @@ class Members:
         self._memory.release(worst)
         self._net.tell(ev.AttemptLost(self._id, worst.attempt, "preempted", False), now)
         return wanted
+
+    def warn(self, now: float) -> None:
+        """After a plan's growth left too few blocks: see ``preemption.py``. All tokens are told of before."""
+        batch, running = self._batch, list(self.running.values())
+        free = self._memory.available
+        warned = to_warn(running, [batch.blocks(sequence) for sequence in running], free)
+        if warned:
+            for sequence in running:
+                self.tell_tokens(sequence, now)
+            for sequence in warned:
+                self._net.tell(ev.Short(self._id, sequence.attempt), now)
+        known = [sequence for sequence in running if sequence.warned]
+        spare = free + sum([batch.blocks(sequence) for sequence in known]) - len(running)
+        self.spare = NEVER if len(known) == len(running) else spare
 
     def die(self, now: float) -> None:
         """Tokens that were drawn have left; all else is forgotten."""

@@ -24,7 +24,7 @@ class Sequence:
         "announced", "attempt", "blocks", "cached", "computed", "early", "end", "expects_decode", "fresh", "full",
         "growing", "grows", "hashes", "in_step", "itl_s", "join", "last_s", "left", "length", "lent", "local", "low",
         "misjudged", "order", "pace", "prompt_len", "rank", "received", "request", "reusable", "sealed", "state",
-        "step_s", "told", "transfer", "turn", "work",
+        "step_s", "told", "transfer", "turn", "warned", "work",
     )  # fmt: skip
 
     def __init__(self, attempt: int, request: Request, length: int, state: int) -> None:
@@ -67,5 +67,6 @@ class Sequence:
         self.turn = 0  # order among those that decode
         self.grows = NEVER  # step at whose plan it first needs a block more than it has
         self.growing = False  # that step was planned
+        self.warned = False  # the router has heard that it may be preempted
         self.low = -1  # its gaps begin with this run; -1: they are in no span
         self.last_s = 0.0  # time of its last token, where gaps are counted one by one

@@ -121,9 +121,8 @@ class Steps:
         """Call this before blocks are given back, or ``wanted`` ones taken. Whether those can be needed for growth."""
         batch, memory = self._batch, self._memory
         last = batch.step + self._ahead - 1
-        if batch.grow_at > last:
-            return False
-        if memory.free >= wanted + batch.count * ((last - batch.grown) // self._size + 1):
+        rounds = (last - batch.grown) // self._size + 1 if batch.grow_at <= last else 0
+        if memory.free >= wanted + batch.count * (rounds + 1):
             return False
         if self._ahead > 1:
             last = batch.step + batch.first_at(now) - 1
@@ -132,11 +131,15 @@ class Steps:
             memory.allocate(blocks)
         return True
 
-    def taken(self) -> None:
+    def taken(self, now: float) -> None:
         """Blocks were taken, so growth may come to cached units, or to an end, earlier."""
         if self._ahead > 1:
-            batch = self._batch
-            steps = batch.quiet_until(self._memory.quiet(), batch.step + self._ahead) - batch.step
+            batch, memory = self._batch, self._memory
+            spare = memory.available - batch.count
+            if spare < 0:
+                self.interrupt(now)
+                return
+            steps = batch.quiet_until(min(memory.quiet(), spare), batch.step + self._ahead) - batch.step
             if steps < self._ahead:
                 self._wait(steps)
 
@@ -252,8 +255,10 @@ class Steps:
         step = batch.step
         if batch.grow_at <= step:
             most = batch.count * ((step - batch.grown) // self._size + 1)
-            if self._memory.free < most or step - batch.grown > COUNT_EVERY:
+            if self._memory.free < most + batch.count or step - batch.grown > COUNT_EVERY:
                 self._grow(now)
+        if self._memory.available < batch.count:
+            members.warn(now)
         if members.prompts.waiting or members.seats.crowded or now < self._stalled:
             self._begin_single(now)
         elif batch.count:
@@ -272,11 +277,14 @@ class Steps:
         step, stop = batch.step, batch.step + 1
         if not self.members.fresh:
             stop = batch.ends_at
-            if batch.grow_at < stop and memory.free < batch.count * ((stop - 1 - batch.grown) // self._size + 1):
+            if batch.grow_at < stop and memory.free < batch.count * ((stop - 1 - batch.grown) // self._size + 2):
                 blocks = batch.grow_to(step)
                 if blocks:
                     memory.allocate(blocks)
-                stop = batch.quiet_until(memory.quiet(), stop)
+                spare = memory.available - batch.count
+                if spare < 0:
+                    spare = self.members.spare
+                stop = batch.quiet_until(min(memory.quiet(), spare), stop)
         self._single = False
         self._wait(stop - step)
 

@@ -128,7 +128,7 @@ class SimWorker:
         sequence.full = sequence.received = held = units * self._unit_blocks
         self._members.held[action.attempt] = sequence
         if tight:
-            self._steps.taken()
+            self._steps.taken(now)
         self._net.tell(ev.Reserved(self.id, action.attempt, held), now)
 
     def _lend(self, action: ev.SendLend, now: float) -> None:
@@ -145,7 +145,7 @@ class SimWorker:
             sequence.sealed = units
             self._members.held[action.attempt] = sequence
             if tight:
-                self._steps.taken()
+                self._steps.taken(now)
         self._net.tell(ev.BlocksReady(self.id, action.attempt, 0, blocks, bytes(4 * blocks), b""), now)
 
     def _prefill(self, action: ev.SendPrefill, now: float) -> None:

@@ -20,7 +20,7 @@ ROUTER_PURE = (
     *("core", "attempt", "state", "request", "events", "admission", "fair", "pool", "kv_index", "policy"),
     *("fetch", "lengths", "move", "pace", "record", "story", "witness"),
 )
-WORKERS_PURE = ("scheduler", "blocks", "chunks", "eviction", "pace", "sequence")
+WORKERS_PURE = ("scheduler", "blocks", "chunks", "eviction", "pace", "preemption", "sequence")
 EVERYTHING = frozenset(
     {"shared", "proto", "kernels", "router-pure", "router", "workers-pure", "workers", "sim", "client", "top"}
 )

@@ -11,6 +11,7 @@ import msgspec
 
 from twinpool.errors import ConfigError
 from twinpool.proto import frames
+from twinpool.proto.splitter import Splitter
 
 log = logging.getLogger("twinpool.worker.link")
 
@@ -24,7 +25,7 @@ class RouterLink(asyncio.Protocol):
     def __init__(self, take: Callable[[frames.Frame], None]) -> None:
         self._take = take
         self._loop = asyncio.get_running_loop()
-        self._splitter = frames.Splitter()
+        self._splitter = Splitter()
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
         self.closed: asyncio.Future[None] = self._loop.create_future()

@@ -24,6 +24,7 @@ from twinpool.cost import ITL_SHARE, Cost
 from twinpool.workers.blocks import BlockPool, IntegrityError
 from twinpool.workers.chunks import blocks_to_announce, plan_chunks, put_in_order
 from twinpool.workers.pace import mean_pace, pace_seen
+from twinpool.workers.preemption import first_to_go, to_warn
 from twinpool.workers.sequence import Chunk, Holding, Load, Mode, Outcome, Ready, Sequence, Step
 
 __all__ = ["Chunk", "Holding", "Load", "Mode", "Outcome", "Ready", "Scheduler", "Sequence", "Step"]
@@ -161,7 +162,7 @@ class Scheduler:
             pace = mean_pace([(c.count, c.sequence.pace) for c in chunks])
         for sequence in (*decodes, *[chunk.sequence for chunk in chunks]):
             sequence.in_step = True
-        self._step = Step(chunks, decodes, preempted, predicted_s, alone_s, pace, now)
+        self._step = Step(chunks, decodes, preempted, self._warned(), predicted_s, alone_s, pace, now)
         return self._step
 
     def done(self, step: Step, now: float) -> Outcome:
@@ -324,6 +325,10 @@ class Scheduler:
             sequence.table += self.pool.allocate(1)
         return preempted
 
+    def _warned(self) -> list[Sequence]:
+        running, free = list(self._running.values()), self.pool.free_blocks
+        return to_warn(running, [len(s.table) for s in running], free) if free < len(running) else []
+
     def _chunks(self, decodes: list[Sequence], context: int) -> list[Chunk]:
         """Chunks of the waiting prompts beside ``decodes``, which have ``context`` tokens together."""
         prompts = [*self._queues[0].values(), *self._queues[1].values()]
@@ -337,12 +342,7 @@ class Scheduler:
 
     def _victim(self) -> Sequence:
         """Takes out the youngest sequence of the lowest class and frees its blocks."""
-        worst: Sequence | None = None
-        for place in (*self._queues, self._running):
-            for sequence in place.values():
-                if worst is None or (sequence.rank, sequence.order) > (worst.rank, worst.order):
-                    worst = sequence
-        assert worst is not None, "a block is wanted, so there is a sequence"
+        worst = first_to_go([s for place in (*self._queues, self._running) for s in place.values()])
         self.cancel(worst.attempt)
         return worst
 

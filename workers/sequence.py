@@ -46,6 +46,7 @@ class Sequence:
     pace: float = field(default=1.0, init=False)  # its prompt takes so many times as long as predicted (pace.py)
     in_step: bool = field(default=False, init=False)
     cancelled: bool = field(default=False, init=False)
+    warned: bool = field(default=False, init=False)  # the router has heard that it may be preempted
 
     def __post_init__(self) -> None:
         self.prompt_len = self.length
@@ -88,6 +89,7 @@ class Step:
     chunks: list[Chunk]
     decodes: list[Sequence]
     preempted: list[Sequence]
+    warned: list[Sequence]  # of them the router is to hear: see preemption.py
     predicted_s: float  # by the cost
     alone_s: float  # of them those of the decodes by themselves
     pace: float  # of the chunks together: they are expected to take so many times as long as predicted

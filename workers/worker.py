@@ -289,6 +289,8 @@ class Worker:
                 self._leases.release(sequence.attempt)
                 self._misjudged.discard(sequence.attempt)
                 self._send(frames.Preempted(attempt=sequence.attempt))
+            for sequence in step.warned:
+                self._send(frames.Short(attempt=sequence.attempt))
             await self._compute(step)
 
     async def _compute(self, step: Step) -> None:

@@ -92,7 +92,7 @@ class EngineQueue:
     """vLLM's own queue in front of one engine: first come, first served, while a seat is free."""
 
     name = "engine_queue"
-    early = False
+    early = rebalances = False
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | None:
         """A seat, from the prompt's start to the last token."""

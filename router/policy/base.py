@@ -66,6 +66,7 @@ class Policy(Protocol):
     name: str
     early: bool  # binds at arrival: what it places is sent in order of arrival, as soon as its worker has memory
     by_deadline: bool  # who waits goes in order of deadline alone, however much time is left (admission.py)
+    rebalances: bool  # sequences go on elsewhere before memory runs out where they decode
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
         """Place the next in order; None = no worker has room for anybody, ask again when something changes."""

@@ -53,8 +53,16 @@ class LeastSeconds:
     name = "least_seconds"
     early = False
 
-    def __init__(self, paths: str = "auto", late: str = "serve", fetch: str = "on", without: str = "nothing") -> None:
+    def __init__(
+        self,
+        paths: str = "auto",
+        late: str = "serve",
+        fetch: str = "on",
+        rebalance: str = "on",
+        without: str = "nothing",
+    ) -> None:
         self.paths = paths
+        self.rebalances = rebalance == "on"
         self.late = late
         self.fetches = fetch == "on"
         self._bind_late = without != "late binding"

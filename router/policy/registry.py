@@ -32,6 +32,9 @@ _LEAST_SECONDS = PolicyInfo(
     {
         "paths": Parameter("auto", help="auto: whichever is earlier", choices=("auto", "split", "local")),
         "fetch": Parameter("on", help="what others have cached: fetched where that is earlier", choices=("on", "off")),
+        "rebalance": Parameter(
+            "on", help="before memory runs out on a decode worker some go on at another one", choices=("on", "off")
+        ),
         "late": Parameter("serve", help="who cannot be in time: served last, or refused", choices=("serve", "refuse")),
         "without": Parameter("nothing", help="a part of the rule to leave out, to see its worth", choices=WITHOUT),
     },
@@ -107,7 +110,7 @@ def _made(name: str, make: Callable[..., Policy], parameters: dict[str, Value]) 
         policy = make(**parameters)
     except TypeError as error:
         raise ConfigError(f"policy {name} does not take these parameters: {error}") from error
-    wanted = ("name", "early", "by_deadline", "on_room", "decode_for", "needs", "next_room")
+    wanted = ("name", "early", "by_deadline", "rebalances", "on_room", "decode_for", "needs", "next_room")
     missing = [part for part in wanted if not hasattr(policy, part)]
     if missing:
         raise ConfigError(f"policy {name} lacks {', '.join(missing)}: see twinpool.router.policy.Policy")

@@ -1,7 +1,8 @@
-"""Drained workers live and simulated: the same sequences go on elsewhere at the same times."""
+"""Drained workers, and such as run out of memory, live and simulated: the same sequences go on elsewhere, then."""
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -43,3 +44,19 @@ def test_a_drained_worker_that_does_both() -> None:
     live, simulated = compare(trace, settings)
     assert {seen.outcome for seen in live.requests} == {"ok"}
     assert actions(simulated.log, "SendYield")
+
+
+def test_memory_that_runs_out() -> None:
+    """Workers warn at the same steps, and the core knows as much of their sequences on both sides.
+
+    In this traffic no two workers answer in one moment: what they say then has no order.
+    """
+    trace = traffic(100, rate=12.0, seed=5)
+    longer = replace(trace, output=array("q", [8 * tokens for tokens in trace.output]))
+    live, simulated = compare(longer, replace(BASE, kv_tokens=12 * 512))
+    warned = [
+        [(event, round(now, 8)) for now, event, _ in log if event[0] == "Short"] for log in (live.log, simulated.log)
+    ]
+    assert warned[0] == warned[1]
+    assert len(actions(simulated.log, "SendYield")) >= 3
+    assert any(event[0] == "AttemptLost" for _, event, _ in live.log)

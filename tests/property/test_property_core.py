@@ -21,7 +21,8 @@ ROLES = st.sampled_from([("prefill",), ("decode",), ("prefill", "decode")])
 BLOCKS = st.sampled_from([9, 24, 64])
 FAULTS = st.sampled_from(["no_room", "mute", "bad_pull"])
 RECOVERY_S = 60.0  # far more than all requests of a run take one after another
-LATE = (ev.Reserved, ev.NoRoom, ev.Progressed, ev.BlocksReady, ev.BlocksVerified, ev.BlocksBad, ev.Emitted, ev.Ended)
+LATE = (ev.Reserved, ev.NoRoom, ev.Progressed, ev.BlocksReady, ev.BlocksVerified, ev.BlocksBad, ev.Emitted, ev.Ended,
+        ev.Short)  # fmt: skip
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -126,11 +127,14 @@ class CoreMachine(RuleBasedStateMachine):
     def drain(self, pick: int) -> None:
         self.cluster.deliver(ev.WorkerDraining(self.worker(pick).up.worker))
 
-    @rule(prompt=st.integers(1, 40), output=st.integers(6, 12), roles=ROLES, blocks=BLOCKS, wait_s=GAPS)
-    def drain_one_that_decodes(
-        self, prompt: int, output: int, roles: tuple[str, ...], blocks: int, wait_s: float
+    @rule(
+        prompt=st.integers(1, 40), output=st.integers(6, 12), roles=ROLES, blocks=BLOCKS, wait_s=GAPS,
+        drains=st.booleans(),
+    )  # fmt: skip
+    def move_one_that_decodes(
+        self, prompt: int, output: int, roles: tuple[str, ...], blocks: int, wait_s: float, drains: bool
     ) -> None:
-        """A sequence decodes, another worker comes, and its own leaves."""
+        """A sequence decodes, another worker comes, and its own leaves, or runs out of memory."""
         self.rid += 1
         request = request_of(self.rid, prompt, output, hashes=list(range(prompt // BLOCK)))
         self.cluster.submit(request)
@@ -142,7 +146,9 @@ class CoreMachine(RuleBasedStateMachine):
         if unused is not None:
             self.join(unused, roles, blocks, 4)
         if request.phase == Phase.DECODING and request.decode in self.cluster.workers:
-            self.cluster.deliver(ev.WorkerDraining(request.decode))
+            self.cluster.deliver(
+                ev.WorkerDraining(request.decode) if drains else ev.Short(request.decode, request.attempt)
+            )
         self.cluster.run(wait_s)
 
     @precondition(lambda self: self.cluster.workers)
@@ -166,6 +172,14 @@ class CoreMachine(RuleBasedStateMachine):
         pairs = [(worker, attempt) for worker in self.cluster.workers.values() for attempt in worker.jobs]
         worker, attempt = pairs[pick % len(pairs)]
         worker.lose(attempt, "ENGINE" if fault else "preempted", counts=fault)
+
+    @precondition(lambda self: any(worker.jobs for worker in self.cluster.workers.values()))
+    @rule(pick=PICK)
+    def warn(self, pick: int) -> None:
+        """A worker says that memory will not last for an attempt, whatever that is."""
+        pairs = [(worker, attempt) for worker in self.cluster.workers.values() for attempt in worker.jobs]
+        worker, attempt = pairs[pick % len(pairs)]
+        worker.say(ev.Short(worker.up.worker, attempt))
 
     @precondition(lambda self: self.cluster.workers)
     @rule(pick=PICK, hashes=st.lists(st.integers(0, 9), max_size=3), reset=st.booleans())

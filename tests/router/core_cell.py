@@ -19,8 +19,15 @@ RUNNING = [Phase.PLACED, Phase.PREFILLING, Phase.FIRST, Phase.TRANSFERRED, Phase
 class Cell:
     """A core and its clock; by default worker 0 prefills and worker 1 decodes."""
 
-    def __init__(self, paths: str = "split", limits: Limits | None = None, *, workers: bool = True) -> None:
-        self.core = Core(LeastSeconds(paths), limits)
+    def __init__(
+        self,
+        paths: str = "split",
+        limits: Limits | None = None,
+        *,
+        workers: bool = True,
+        policy: LeastSeconds | None = None,
+    ) -> None:
+        self.core = Core(policy or LeastSeconds(paths), limits)
         self.now = 0.0
         if workers:
             self.on(worker_up(P, "prefill"))

@@ -80,6 +80,7 @@ class Job:
     announced: int = 0
     received: set[int] = field(default_factory=set)
     lease_until: float = math.inf
+    warned: bool = False
 
 
 class FakeWorker:
@@ -282,6 +283,14 @@ class FakeWorker:
             return
         job.blocks += max(0, missing)
         self._speak(job)
+        self._warn()
+
+    def _warn(self) -> None:
+        """The latest to come that decodes would be the first to go."""
+        decoding = [job for job in self.jobs.values() if job.decode and job.computed + len(job.received)]
+        if self.free < len(decoding) and not decoding[-1].warned:
+            decoding[-1].warned = True
+            self.say(ev.Short(self.up.worker, decoding[-1].attempt))
 
     def _speak(self, job: Job) -> None:
         self.say(ev.Emitted(self.up.worker, job.attempt, 1), job.position)

@@ -68,7 +68,8 @@ def test_why_no_prompt_goes_to_a_decode_worker() -> None:
     decoding(view, 4, 2, itl_s=0.012)
     why = {worker: row.why_not for (worker, path), row in prompts(view, ask()).items() if path == "local"}
     assert why == {
-        0: "busy over 20 ms", 1: ex.NO_MEMORY, 2: ex.SAID_FULL, 3: ex.BATCH_FULL, 4: ex.SMALL_CHUNK, 5: "", 6: ex.PROMPTS,
+        0: "busy over 20 ms", 1: ex.NO_MEMORY, 2: ex.SAID_FULL, 3: ex.BATCH_FULL, 4: ex.SMALL_CHUNK, 5: "",
+        6: ex.PROMPTS,
     }  # fmt: skip
     assert prompts(view, ask(3900, 50))[5, "local"].why_not == ex.TOO_SMALL
     view.pool.workers[5].book(8, 8, int(0.6 * workers[5].capacity))

@@ -28,7 +28,7 @@ class Last(AtArrival):
         return workers[-self.back]
 
 class Half:
-    name, early, by_deadline = "half", True, True
+    name, early, by_deadline, rebalances = "half", True, True, False
 
 INFO = PolicyInfo("last", "the last one", "here", "nothing", Last, {"back": Parameter(1, 1, 3, "from the end")})
 number = 3

@@ -13,6 +13,7 @@ from tests.router.fake_worker import COST
 from twinpool.blockhash import token_bytes
 from twinpool.errors import AlreadyExists, Cancelled, Overloaded
 from twinpool.proto import frames
+from twinpool.proto.splitter import Splitter
 from twinpool.router.cell import FinishedOut, Slo, Submission, TokensOut
 from twinpool.router.core import Core
 from twinpool.router.dispatch import Dispatcher
@@ -36,7 +37,7 @@ class Wire(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.aborted = False
-        self._splitter = frames.Splitter()
+        self._splitter = Splitter()
         self.heard: list[frames.Frame] = []
 
     def write(self, data: bytes | bytearray | memoryview) -> None:

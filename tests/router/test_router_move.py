@@ -213,3 +213,61 @@ def test_a_role_change_moves_them_too_and_a_change_back_does_not_hurt() -> None:
     assert cell.core.state.leaving == []
     assert request.move is not None
     assert isinstance(cell.core.policy, LeastSeconds)
+
+
+def short_of_memory(policy: LeastSeconds | None = None, emitted: int = 40) -> tuple[Cell, Request]:
+    """A request that decodes on D, attempt 1, for longer than was predicted; D2 is there."""
+    cell = Cell(policy=policy)
+    request = cell.reach(Phase.DECODING, request_of(1, PROMPT, hashes=list(range(FULL)), max_tokens=50))
+    cell.on(ev.Emitted(D, 1, emitted - 2))
+    cell.on(worker_up(D2, "decode", blocks=400))
+    return cell, request
+
+
+def test_it_goes_on_elsewhere_before_memory_runs_out() -> None:
+    cell, request = short_of_memory()
+    actions = cell.on(ev.Short(D, 1))
+    assert names(actions) == ["SendLend", "SendReserve"]
+    cell.on(ev.Reserved(D2, 3, 0))
+    cell.on(lent())
+    assert cell.on(came()) == [ev.SendYield(D, 1)]
+    (*_, prefill) = cell.on(ev.AttemptLost(D, 1, "preempted", False))
+    assert prefill == ev.SendPrefill(D2, request, 4, True, False, FULL * BLOCK)
+    assert request.moves == 1
+    cell.on(ev.Emitted(D2, 4, 1))
+    assert cell.on(ev.Short(D2, 4)) == [], "once is enough"
+
+
+def test_what_decodes_there_is_booked_anew() -> None:
+    cell, request = short_of_memory()
+    worker = cell.core.state.pool.workers[D]
+    worker.book(1, 1, PROMPT + 5)  # what was predicted of it
+    cell.on(ev.Short(D, 1))
+    assert worker.held[1] >= PROMPT + 50, "max_tokens caps it"
+    assert worker.context == worker.decodes[1] == PROMPT + 40
+    assert request.output_to_come == 50 - request.emitted_before
+
+
+def test_a_worker_without_room_gets_nobody() -> None:
+    cell, request = short_of_memory()
+    cell.on(ev.WorkerLost(D2))
+    assert cell.on(ev.Short(D, 1)) == []
+    cell.on(worker_up(D2, "decode", blocks=9))
+    assert cell.on(ev.Short(D, 1)) == []
+    assert (request.attempt, request.decode, request.move) == (1, D, None)
+
+
+def test_nobody_moves_where_the_policy_does_not_rebalance() -> None:
+    cell, _ = short_of_memory(LeastSeconds("split", rebalance="off"))
+    before = cell.core.state.pool.workers[D].held[1]
+    assert cell.on(ev.Short(D, 1)) == []
+    assert cell.core.state.pool.workers[D].held[1] == before
+
+
+def test_a_warning_of_an_attempt_that_is_over_or_does_not_decode_yet() -> None:
+    cell = Cell()
+    cell.reach(Phase.FIRST)
+    cell.on(worker_up(D2, "decode", blocks=400))
+    assert cell.on(ev.Short(D, 1)) == [], "its KV is still on the way"
+    assert cell.on(ev.Short(P, 1)) == []
+    assert cell.on(ev.Short(D, 7)) == []

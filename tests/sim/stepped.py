@@ -245,6 +245,11 @@ class SteppedWorker:
                 self.speak(sequence.attempt, job, now)
                 self.close(job)
                 self.tell(ev.AttemptLost(self.id, sequence.attempt, "preempted", False), now)
+            if step.warned:
+                for attempt in self.scheduler._running:  # in their order
+                    self.speak(attempt, self.jobs[attempt], now)
+            for sequence in step.warned:
+                self.tell(ev.Short(self.id, sequence.attempt), now)
             if step.chunks or step.decodes:
                 self.end = max(self.boundary, self.stalled) + Fraction(self.true_s(step))
                 return

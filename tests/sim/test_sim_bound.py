@@ -14,8 +14,8 @@ from tests.sim.bound_cluster import SmallCluster
 
 from twinpool.cost import LLAMA_8B_H100_TP1, LLAMA_70B_H100_TP4, Cost, StepCost
 from twinpool.errors import ConfigError
-from twinpool.router.core import UNLOADED_CHUNK
 from twinpool.router.policy.registry import policy_names
+from twinpool.router.pool import UNLOADED_CHUNK
 from twinpool.sim.bound import bound, bound_capacity, bound_of, capacity_of, offer_of
 from twinpool.sim.bound_cache import Reuse, reuse_of
 from twinpool.sim.bound_cost import Amounts, Engine, Shape, Totals

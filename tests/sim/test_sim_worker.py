@@ -124,7 +124,7 @@ def test_scripts_try_everything() -> None:
         fast_wakes += fast.woken
         slow_wakes += Script(shape_of(seed), SteppedWorker).run().woken
     for kind in (ev.Reserved, ev.NoRoom, ev.Progressed, ev.BlocksReady, ev.BlocksVerified, ev.Emitted, ev.Ended,
-                 ev.AttemptLost):  # fmt: skip
+                 ev.AttemptLost, ev.Short):  # fmt: skip
         assert told[kind.__name__] > 20, kind
     assert told["Reported"] > 5  # only where there is room again for what was refused
     assert removed > 100

@@ -45,6 +45,7 @@ class AtArrival:
     name = "at_arrival"
     early = True
     by_deadline = True
+    rebalances = False
 
     def choose(
         self, request: Request, workers: list[Worker], stairs: list[Stair], view: View, now: float
