@@ -72,6 +72,9 @@ def trouble(cluster: FakeCluster) -> None:
         cluster.deliver(ev.Reported(2 + rid % 2, 30, 2, 0, 60, 0.009))
         if rid % 9 == 0:
             cluster.deliver(ev.Cancel(rid - 1))
+        if rid % 8 == 0:
+            for worker, attempt in [(w.id, a) for w in cluster.core.state.pool.decode for a in list(w.decodes)[:1]]:
+                cluster.deliver(ev.Short(worker, attempt))
         for attempt, request in list(cluster.core.state.by_attempt.items())[: rid % 11 == 0]:
             cluster.workers[request.prefill].jobs.pop(attempt, None)
             cluster.deliver(ev.AttemptLost(request.prefill, attempt, "engine", True))

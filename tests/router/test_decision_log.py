@@ -92,7 +92,7 @@ def test_every_event_comes_back(tmp_path: Path) -> None:
         ev.Reserved(3, 4, 5), ev.NoRoom(3, 4), ev.Progressed(3, 4, 5, 6, 0.1, 1.2),
         ev.BlocksReady(3, 4, 5, 1, b"\1\2\3\4", bytes(range(8))), ev.BlocksVerified(3, 4, 5, 6, 7, 0.1, "tcp"),
         ev.BlocksBad(3, 4, "CHECKSUM"), ev.Emitted(3, 4, 1), ev.Ended(3, 4, "stop"),
-        ev.AttemptLost(3, 4, "preempted", False), ev.Tick(),
+        ev.AttemptLost(3, 4, "preempted", False), ev.Short(3, 4), ev.Tick(),
     ]  # fmt: skip
     assert {type(event) for event in examples} == set(KINDS)
     head = Header("0", "least_seconds", {}, Limits(), 1)
