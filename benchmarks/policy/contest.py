@@ -43,7 +43,7 @@ class Entry:
         return [dict(zip(self.choices, values, strict=True)) for values in product(*self.choices.values())]
 
 
-OURS = Entry("least_seconds", {"late": ("refuse", "serve")})
+OURS = Entry("least_seconds", {"late": ("refuse",)})  # who is refused has missed: nothing is gained by it but room
 DISAGGREGATED = (
     Entry("mooncake_conductor", {"refuse": (1, 0)}),
     Entry("dynamo", {"overlap_weight": (1.0, 0.0, 0.5, 2.0)}),

@@ -4,10 +4,10 @@
 
 FOLDER holds mooncake_conversation.jsonl.gz and azure_2023_conv.csv.gz (public); the other traffics are generated, in
 closed loops. Llama-3.1-70B on 4 H100 (TP4), 12 workers (and 24), TTFT SLO 1 s + 2 x unloaded prefill, ITL SLO 50 ms, 99
-% of offered requests in time, the best split for everybody from 2 to 9 prefill workers. Parameters, ours too, are the
-best of those in contest.py on the first fifth of the trace. Writes results.md; exit status 1 where less was found than
-asked. The compiled form takes a third of the time: benchmarks/sim/run.py says how a copy of the package is compiled;
-give its ``src`` as PYTHONPATH.
+% of offered requests in time, the best split for everybody from 2 to 9 prefill workers. Baselines have the best of the
+parameters in contest.py on the first fifth of the trace; ours refuses who cannot be in time, which counts as missed.
+Writes results.md; exit status 1 where less was found than asked. The compiled form takes a third of the time:
+benchmarks/sim/run.py says how a copy of the package is compiled; give its ``src`` as PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ def made_up(kind: str, rate: float, requests: int, block_tokens: int = 64) -> Ma
 
 
 TRAFFIC = (
-    Traffic("Mooncake conversation, spread", mooncake(True), 2.5, True, (1.4, 1.2)),
-    Traffic("Mooncake conversation, as it is", mooncake(False), 2.5, False, (1.7, 1.2)),
-    Traffic("Azure conversation", lambda folder, seed: read_trace(folder / AZURE)[0], 12.0, False),
-    Traffic("generated code", made_up("code", 500.0, 20_000), 1.0, True),
-    Traffic("generated agentic", made_up("agentic", 40.0, 9000, 512), 1.0, True),
+    Traffic("Mooncake conversation, spread", mooncake(True), 2.8, True, (1.4, 1.2)),
+    Traffic("Mooncake conversation, as it is", mooncake(False), 2.8, False, (1.7, 1.2)),
+    Traffic("Azure conversation", lambda folder, seed: read_trace(folder / AZURE)[0], 14.0, False),
+    Traffic("generated code", made_up("code", 500.0, 20_000), 1.3, True),
+    Traffic("generated agentic", made_up("agentic", 40.0, 9000, 512), 1.4, True),
     Traffic("generated mixed", made_up("mixed", 90.0, 10_000, 256), 1.0, True),
 )
 ASKED_LARGER = 1.25
@@ -170,10 +170,15 @@ def flatness(outcome: Outcome) -> tuple[str, bool]:
 
 
 def deciles(outcome: Outcome, trace: Trace) -> tuple[str, bool]:
-    """Attainment of the worst tenth of prompt lengths at the capacity."""
-    shares = replay(sped_up(trace, outcome.ours.speed), outcome.ours.settings).summary()["attainment_by_decile"]
-    text = f"{outcome.traffic.name}: worst decile of prompt lengths {min(shares):.1%} (asked 97 %)"
-    return text, min(shares) >= 0.97
+    """Attainment of the worst tenth of prompt lengths at the capacity; and the best baseline's, at its own."""
+    ours, *others = [_worst_decile(found, trace) for found in (outcome.ours, outcome.best) if found is not None]
+    beside = "".join(f"; {other:.1%} with the best baseline, at its capacity" for other in others)
+    return f"{outcome.traffic.name}: worst decile of prompt lengths {ours:.1%} (asked 97 %){beside}", ours >= 0.97
+
+
+def _worst_decile(found: Found, trace: Trace) -> float:
+    shares: list[float] = replay(sped_up(trace, found.speed), found.settings).summary()["attainment_by_decile"]
+    return min(shares)
 
 
 def gap(outcome: Outcome, trace: Trace) -> tuple[str, bool]:
