@@ -50,7 +50,6 @@ def prepare(folder: Path, shape: str, layers: int | None, dtype: torch.dtype, de
     """
     place = folder / "config.json"
     if not place.is_file():
-        print(f"writing a model of shape {shape}: 16 GB of 8b take a minute or more", file=sys.stderr)
         _write(folder, _hf_config(shape, layers), dtype, device)
     return from_hf(place.read_bytes(), str(place))
 
@@ -71,6 +70,8 @@ def _write(folder: Path, config: bytes, dtype: torch.dtype, device: str) -> None
     for name, shape in tensor_shapes(from_hf(config, "config.json")).items():
         parts = name.split(".")
         files.setdefault(f"layer-{int(parts[2]):03}" if parts[1] == "layers" else "rest", {})[name] = shape
+    size = sum(math.prod(shape) for shapes in files.values() for shape in shapes.values()) * dtype.itemsize
+    print(f"writing {size / 1e9:.1f} GB of random weights", file=sys.stderr)
     for file, shapes in files.items():
         weights = {name: _random(shape, dtype, generator).cpu() for name, shape in shapes.items()}
         save_file(weights, folder / f"{file}.safetensors")

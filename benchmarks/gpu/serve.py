@@ -27,12 +27,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import StatisticsError, median
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,8 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, help="prompt tokens in one step")
     parser.add_argument("--kv-dtype", choices=("bfloat16", "float8_e4m3"))
     args = parser.parse_args()
+    if args.model and (args.model / "config.json").is_file() and (args.shape or args.layers):
+        parser.error(f"{args.model} holds a model, which has its own shape: leave --shape and --layers out")
     cpu = args.device == "cpu"
     missing = "" if cpu or torch.cuda.is_available() else "a CUDA device"
     missing = missing or ("" if cpu or importlib.util.find_spec("triton") else "triton (extra: gpu)")
@@ -115,13 +117,16 @@ def report(args: argparse.Namespace, model: Model, load: Load, folder: Path) -> 
     yield "| | 1 prefill + 1 decode | one process |"
     yield "|---|---|---|"
     for name, figure in rows(model, load, ceiling):
-        yield f"| {name} | {figure(split)} | {figure(single)} |"
+        try:
+            yield f"| {name} | {figure(split)} | {figure(single)} |"
+        except StatisticsError:
+            raise SystemExit(f"{name}: the logs have nothing of that kind; was --chunk too large?") from None
     yield ""
     asked = f"{load.requests} greedy and as many seeded"
     yield f"Tokens one after another: all of {2 * load.requests} answers are the same, {asked}."
     yield f"At once: {equal} of {load.streams} answers are the same."
     moved = [seen for name, seen in split.answers.items() if alone(name)]
-    size = statistics.median(seen.kv_bytes for seen in moved) / 2**20
+    size = median(seen.kv_bytes for seen in moved) / 2**20
     yield f"KV moved by {', '.join(sorted({seen.backend for seen in moved}))}: {size:.2f} MiB a request."
 
 
@@ -229,8 +234,11 @@ def rows(model: Model, load: Load, ceiling: Ceilings) -> Iterator[tuple[str, Cal
     yield "prefill, of the matrix ceiling", prefill
     yield "decode of one, of the memory ceiling", decode(1, 1, load.prompt)
     yield f"decode of {load.streams // 2} and more, of the same", decode(load.streams // 2, load.streams, 0)
-    yield "TTFT at the client", lambda run: f"{median(s.ttft for n, s in run.answers.items() if alone(n)):.1f} ms"
-    yield "gap at the client", lambda run: f"{median(s.gap for n, s in run.answers.items() if alone(n)):.2f} ms"
+    yield "TTFT, router's clock", lambda run: f"{median(s.ttft for n, s in run.answers.items() if alone(n)):.1f} ms"
+    yield (
+        "gap between tokens, the same",
+        lambda run: f"{median(s.gap for n, s in run.answers.items() if alone(n)):.2f} ms",
+    )
     yield "KV verified before the first token", early
     yield "first token to all KV verified", lambda run: after_first(run, "transferred")
     yield "first token to the decode worker's first", lambda run: after_first(run, "decoding")
@@ -248,14 +256,6 @@ def after_first(run: Run, edge: str) -> str:
         return "-"
     waits = [edges[edge] - edges["first"] for name, edges in run.edges.items() if alone(name)]
     return f"{1000 * max(0.0, median(waits)):.1f} ms"
-
-
-def median(values: Iterable[float]) -> float:
-    """Raises SystemExit where there are none."""
-    found: Sequence[float] = list(values)
-    if not found:
-        raise SystemExit("the workers' step log has no step of a kind that is measured: was --chunk too large?")
-    return statistics.median(found)
 
 
 if __name__ == "__main__":
