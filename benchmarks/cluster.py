@@ -15,7 +15,7 @@ PORTS = ("inference", "vllm.listen", "admin", "metrics")
 
 
 @contextlib.contextmanager
-def cluster(*flags: str) -> Iterator[dict[str, str]]:
+def cluster(*flags: str, within_s: float = 120.0) -> Iterator[dict[str, str]]:
     """Addresses of a ready cluster ("inference", "admin", ...), drained at the end."""
     free = [flag for port in PORTS for flag in ("--set", f"edge.{port}=127.0.0.1:0")]
     with tempfile.TemporaryDirectory() as folder:
@@ -23,15 +23,14 @@ def cluster(*flags: str) -> Iterator[dict[str, str]]:
         command = [sys.executable, "-m", "twinpool.cli", "up", "--ready-file", str(ready), *free, *flags]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
-            _wait(process, ready)
+            _wait(process, ready, time.monotonic() + within_s)
             yield json.loads(ready.read_text(encoding="utf-8"))
         finally:
             process.terminate()
             process.wait(60)
 
 
-def _wait(process: subprocess.Popen[bytes], ready: Path) -> None:
-    deadline = time.monotonic() + 120
+def _wait(process: subprocess.Popen[bytes], ready: Path, deadline: float) -> None:
     while not ready.exists():
         if process.poll() is not None or time.monotonic() > deadline:
             raise SystemExit("the cluster did not start")
