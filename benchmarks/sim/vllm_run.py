@@ -93,6 +93,7 @@ class EngineQueue:
 
     name = "engine_queue"
     early = rebalances = False
+    by_deadline = True  # all have the same time to their first token
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | None:
         """A seat, from the prompt's start to the last token."""
