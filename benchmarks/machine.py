@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from importlib import metadata
@@ -12,6 +13,15 @@ def describe() -> str:
     """One line: processor, cores, memory, Python and the libraries that matter."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "grpcio", "uvloop"))
     return f"{_cpu()}, {os.cpu_count()} cores, {_memory_gib()} GiB; Python {platform.python_version()}, {versions}"
+
+
+def lacks_for_gpu() -> str:
+    """What a benchmark of kernels needs and this machine has not; empty where all is there."""
+    import torch  # here: most benchmarks only describe the machine
+
+    if not torch.cuda.is_available():
+        return "a CUDA device"
+    return "" if importlib.util.find_spec("triton") else "triton (extra: gpu)"
 
 
 def _cpu() -> str:

@@ -5,9 +5,9 @@
 ``deadline - work_s`` is when a request has to begin. In that order nobody is preferred and, where work is more than
 workers, all miss together. In the order of deadlines (pressure 1) whoever has little work goes first and the longest
 miss, a few for many, but they do so as well where all could have been in time. So the weight of the work is the
-*pressure*: what share of its slack a request has used up by the time it is placed, a running mean. Both ends never
-starve anybody: a waiting request's turn stays where it is while those of newcomers move on. Those that cannot make
-their deadline any more stand behind all that can, shortest work first.
+*pressure*: what share of its slack a request has used up by the time it is placed, a running mean. Nobody starves:
+whatever the pressure, a waiting request's turn is no later than its deadline, while those of newcomers move on. Those
+that cannot make their deadline any more stand behind all that can, shortest work first.
 
 Before deadlines come shares. Where several classes wait, the one that had the least predicted prefill seconds for its
 weight goes first; within a class those tenants that had at most a quantum of tokens more than the one that had least.

@@ -326,7 +326,7 @@ class Attempts:
     def relieve(self, event: ev.Short, policy: Policy, now: float) -> None:
         """Memory will not last where it decodes."""
         request = self._state.attempt_of(event.worker, event.attempt)
-        if request is not None and event.worker == request.decode:
+        if policy.rebalances and request is not None and event.worker == request.decode:
             self._moves.relieve(request, policy, now)
 
     def _go_on_at(self, request: Request, placement: Placement, now: float) -> None:

@@ -331,8 +331,7 @@ class Core:
             self.state.index.change(event.worker, event.stored, event.removed, event.reset)
 
     def _short(self, event: ev.Short, now: float) -> None:
-        if self.policy.rebalances:
-            self.attempts.relieve(event, self.policy, now)
+        self.attempts.relieve(event, self.policy, now)
 
     # --- time ----------
 

@@ -18,7 +18,6 @@ the times; medians count. Writes kernels.md beside this file. Without a CUDA dev
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import platform
 import statistics
@@ -30,6 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import lacks_for_gpu
 
 from twinpool.kernels import ops
 
@@ -65,8 +67,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
     args = parser.parse_args()
-    missing = "a CUDA device" if not torch.cuda.is_available() else ""
-    missing = missing or ("" if importlib.util.find_spec("triton") else "triton (extra: gpu)")
+    missing = lacks_for_gpu()
     if missing:
         print(f"this benchmark needs {missing}, and there is none", file=sys.stderr)
         return 2

@@ -25,7 +25,6 @@ Writes serve.md beside this file. Without a CUDA device or triton: status 2.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import platform
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import describe
+from machine import describe, lacks_for_gpu
 from random_model import SHAPES, prepare
 from serve_cluster import LOADS, Load, Model, Run, served
 
@@ -66,8 +65,7 @@ def main() -> int:
     if args.model and (args.model / "config.json").is_file() and (args.shape or args.layers):
         parser.error(f"{args.model} holds a model, which has its own shape: leave --shape and --layers out")
     cpu = args.device == "cpu"
-    missing = "" if cpu or torch.cuda.is_available() else "a CUDA device"
-    missing = missing or ("" if cpu or importlib.util.find_spec("triton") else "triton (extra: gpu)")
+    missing = "" if cpu else lacks_for_gpu()
     if missing:
         print(f"this benchmark needs {missing}, and there is none (--device cpu tries it out)", file=sys.stderr)
         return 2

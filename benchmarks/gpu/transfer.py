@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import multiprocessing
 import os
 import platform
@@ -35,6 +34,9 @@ from typing import Any, NamedTuple
 import torch
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import lacks_for_gpu
 
 from twinpool.workers.transfer import moves
 from twinpool.workers.transfer.base import Peer
@@ -98,8 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    missing = "a CUDA device" if not torch.cuda.is_available() else ""
-    missing = missing or ("" if importlib.util.find_spec("triton") else "triton (extra: gpu)")
+    missing = lacks_for_gpu()
     if missing:
         print(f"this benchmark needs {missing}, and there is none", file=sys.stderr)
         return 2
