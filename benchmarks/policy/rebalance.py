@@ -136,7 +136,8 @@ def main() -> None:
     text = [f"# Moving sequences before they are preempted\n\n{describe()}; {FORM} core\n\n{about}\n", *sections(args)]
     text.append(
         f"Made with `python benchmarks/policy/rebalance.py --requests {args.requests}` in "
-        f"{time.perf_counter() - started:.0f} s. The 128 tokens booked ahead (router/state.py) were chosen on this traffic."
+        f"{time.perf_counter() - started:.0f} s. "
+        "The 128 tokens booked ahead (router/state.py) were chosen on this traffic."
     )
     (HERE / "rebalance.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
