@@ -132,15 +132,16 @@ class Child:
         )
         if self._stopping.is_set():  # while it was being started
             self.kill()
+        assert self._process.stdout is not None
+        lines = asyncio.create_task(self._forward(self._process.stdout))
         try:
-            assert self._process.stdout is not None
-            lines = asyncio.create_task(self._forward(self._process.stdout))
-            status = await self._process.wait()
+            return await self._process.wait()
+        finally:
+            if self.pid is not None:  # this coroutine was cancelled
+                self._signal(signal.SIGKILL)
+                await self._process.wait()  # else the loop may close over a process that nobody waited for
             await asyncio.wait({lines}, timeout=1.0)  # a grandchild may hold the pipe open
             lines.cancel()
-            return status
-        finally:
-            self._signal(signal.SIGKILL)  # only where this coroutine was cancelled: else it is gone
 
     async def _forward(self, stream: asyncio.StreamReader) -> None:
         rest = b""
