@@ -20,10 +20,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, LinkError
 
 COMPILED = [  # below src/twinpool
-    *(f"router/{name}" for name in ("admission", "attempt", "core", "events", "fair", "kv_index", "pool", "request")),
-    *(f"router/{name}" for name in ("fetch", "lengths", "move", "pace", "record", "state")),
+    *(f"router/{name}" for name in ("admission", "attempt", "core", "demand", "events", "fair", "kv_index", "pool")),
+    *(f"router/{name}" for name in ("fetch", "lengths", "move", "pace", "record", "request", "state")),
     *(f"router/policy/{name}" for name in ("base", "candidates", "decode_wait", "fetch", "large_pool")),
-    *(f"router/policy/{name}" for name in ("least_seconds", "orders")),
+    *(f"router/policy/{name}" for name in ("least_seconds", "orders", "price")),
     *(f"sim/{name}" for name in ("decode", "kv_feed", "links", "loop", "members", "memory", "prompts", "record")),
     *(f"sim/{name}" for name in ("seats", "sequence", "steps", "worker")),
     *(f"workers/{name}" for name in ("chunks", "eviction", "pace", "preemption")),

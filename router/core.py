@@ -203,7 +203,7 @@ class Core:
             return HOPELESS
         answer = self.policy.on_room(request, view, now)
         if isinstance(answer, Placement):
-            state.queue.remove(request)
+            state.placed(request, answer, now)
             if request.charged_output < 0:
                 state.queue.charge(request, answer.seconds, answer.cached, request.output_to_come, now)
             if self.policy.early:

@@ -11,6 +11,7 @@ from collections import deque
 from typing import Final, NamedTuple
 
 from twinpool.cost import ITL_SHARE, Cost
+from twinpool.router.demand import Rate
 from twinpool.router.events import WorkerUp
 from twinpool.router.pace import Pace
 from twinpool.router.request import Bound, Request
@@ -49,7 +50,7 @@ class Worker:
         "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity",
         "changes", "chunk_tokens", "context", "cost", "decodes", "device", "draining", "fills", "full", "held", "id",
         "index_tokens", "itl_s", "leaves_decode", "limit", "link_busy", "max_batch", "name", "noted", "pace", "pending",
-        "prefills", "roles", "since", "slos", "wanted", "work_s",
+        "prefills", "returns", "roles", "since", "slos", "wanted", "work_s",
     )  # fmt: skip
 
     def __init__(self, up: WorkerUp) -> None:
@@ -75,6 +76,7 @@ class Worker:
         self.prefills: dict[int, Commitment] = {}  # attempt -> work, in commit order
         self.work_s = 0.0  # the sum of their seconds
         self.fills: dict[int, Commitment] = {}  # of the batch class: prompts that give way to all others
+        self.returns = Rate()  # of prompts that come here for what is cached, each by the share of it that is
         self.pending = 0  # uncached prompt tokens committed or bound here and not computed, by prediction
         self.bound_s = 0.0  # predicted prefill seconds of ``bound``
         self.bound: deque[Bound] = deque()  # placed here, not sent yet: no memory for it (early binding only)

@@ -12,6 +12,7 @@ from typing import Final
 
 from twinpool.router import events as ev
 from twinpool.router.admission import Queue
+from twinpool.router.demand import Demand
 from twinpool.router.kv_index import KvIndex
 from twinpool.router.lengths import OutputLengths
 from twinpool.router.policy.base import View
@@ -40,7 +41,7 @@ class State:
     """One cell's state and the actions of the event in hand."""
 
     __slots__ = (
-        "actions", "by_attempt", "bytes_per_s", "index", "leaving", "lengths", "limits", "loans", "moves",
+        "actions", "by_attempt", "bytes_per_s", "demand", "index", "leaving", "lengths", "limits", "loans", "moves",
         "next_attempt", "orders", "pool", "queue", "requests", "room_changed", "round_trip_s", "timer_limit", "timers",
         "unhomed",
     )  # fmt: skip
@@ -51,6 +52,7 @@ class State:
         self.orders = Orders(self.pool)
         self.index = KvIndex()
         self.queue = Queue(limits.max_queue, by_deadline)
+        self.demand = Demand(self.queue.waiting)
         self.requests: dict[int, Request] = {}
         self.by_attempt: dict[int, Request] = {}
         self.loans: dict[int, Request] = {}  # by the number of the loan: fetch.py
@@ -75,7 +77,7 @@ class State:
         """What a policy may look at."""
         orders = self.orders if self.large else None
         mean = self.lengths.mean
-        return View(self.pool, self.index, self.round_trip_s, mean, self.bytes_per_s, orders, self.unhomed)
+        return View(self.pool, self.index, self.round_trip_s, mean, self.bytes_per_s, orders, self.unhomed, self.demand)
 
     def wake_at(self, when: float, request: Request, attempt: int = 0) -> None:
         """Look at the request again then, if (with ``attempt``) that attempt is still the one."""
@@ -129,6 +131,15 @@ class State:
             if tokens > worker.held[attempt]:
                 worker.book(attempt, request.rid, tokens)
             worker.grew(attempt, known)
+
+    def placed(self, request: Request, placement: Placement, now: float) -> None:
+        """It leaves the queue."""
+        self.queue.remove(request)
+        self.demand.placed.add(1.0, now)
+        worker = self.pool.workers[placement.prefill]
+        if "prefill" in worker.roles:
+            self.demand.prefilled.add(1.0, now)
+        worker.returns.add((placement.cached - placement.fetched) / request.length, now)
 
     def bind(self, request: Request, placement: Placement) -> None:
         """Out of the queue, to one worker's line: what binds at arrival is never placed again."""

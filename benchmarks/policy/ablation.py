@@ -51,6 +51,7 @@ PARTS = (
     Part("affinity", "where a prefix is cached plays no part in the choice; caches work on", {}),
     Part("decode ITL", "decode workers are chosen by memory alone", {}),
     Part("home", "where no decode worker has room KV waits for one: nobody decodes where the prompt was computed", {}),
+    Part("price", "decode workers take prompts only where that is earlier, not for the sake of others", {}),
     Part("fetching", "what other workers have cached is computed again", {"fetch": "off"}),
     Part("local prefill", "decode workers compute no prompts", {"paths": "split"}),
     Part("split", "all of a request on one decode worker: the prefill workers idle", {"paths": "local"}),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+from twinpool.router.demand import Demand
 from twinpool.router.kv_index import KvIndex, Stair
 from twinpool.router.policy.orders import Orders
 from twinpool.router.pool import Pool, Worker
@@ -17,11 +18,12 @@ from twinpool.router.request import NOBODY, Placement, Request
 class View:
     """What a policy may look at (borrowed, read-only)."""
 
-    __slots__ = ("bytes_per_s", "commit_round_trip_s", "index", "mean_output", "orders", "pool", "unhomed")
+    __slots__ = ("bytes_per_s", "commit_round_trip_s", "demand", "index", "mean_output", "orders", "pool", "unhomed")
 
     def __init__(
         self, pool: Pool, index: KvIndex, commit_round_trip_s: float, mean_output: float, bytes_per_s: float = 1e9,
         orders: Orders | None = None, unhomed: Mapping[int, Request] | None = None,
+        demand: Demand | None = None,
     ) -> None:  # fmt: skip
         self.pool = pool
         self.index = index
@@ -29,6 +31,7 @@ class View:
         self.mean_output = mean_output  # tokens of an answer of late
         self.bytes_per_s = bytes_per_s  # of KV between two workers, running mean
         self.orders = orders  # of a large pool: refresh before use
+        self.demand = Demand() if demand is None else demand
         self.unhomed = {} if unhomed is None else unhomed  # whose KV has no decode worker yet
 
 

@@ -30,10 +30,11 @@ class Outlook(NamedTuple):
     soonest: float  # of those that are busy beyond the commit horizon
     least: float  # of all that it could ever fit
     surest: float  # ... with the usual error in hand
+    least_s: float  # seconds of the prompt at the one that is to be ``least``
     somebody: bool  # one may take prompts now, though perhaps not this one
 
 
-NO_OUTLOOK: Final = Outlook(None, math.inf, math.inf, math.inf, False)
+NO_OUTLOOK: Final = Outlook(None, math.inf, math.inf, math.inf, 0.0, False)
 
 
 def with_fetch(plain: Candidate, worker: Worker, offer: Offer, free_at: float, now: float) -> Candidate:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from twinpool.classes import BATCH_RANK
 from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
 from twinpool.router.policy.base import Passed, Placement, Policy, Refusal, View, cached_tokens
@@ -25,6 +26,7 @@ from twinpool.router.policy.least_seconds import (
     MIN_LOCAL_CHUNK,
     LeastSeconds,
 )
+from twinpool.router.policy.price import local_price_s, prefill_price_s
 from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
@@ -172,17 +174,29 @@ def _local_row(
     )
     why_not = next((why for broken, why in rules if broken), "")
     row = _row(LOCAL, request, worker, stairs, now, wait_s, need, why_not)
-    return replace(row, why_not=MARGIN) if not why_not and _lacks_margin(row, splits, request, now) else row
+    return replace(row, why_not=MARGIN) if not why_not and _lacks_margin(row, splits, request, view, now) else row
 
 
-def _lacks_margin(row: PromptRow, splits: list[PromptRow], request: Request, now: float) -> bool:
-    """Whether a local candidate that is earlier than all splits is not taken, for it may come too late."""
+def _lacks_margin(row: PromptRow, splits: list[PromptRow], request: Request, view: View, now: float) -> bool:
+    """Whether a local candidate that would be taken before all splits is not, for it may come too late."""
     able = [split for split in splits if not split.why_not]
     best = min(able, key=lambda split: (split.first_s, split.worker), default=None)
     if not splits or (best is not None and best.worker == row.worker):
         return False
-    earliest = min(split.first_s for split in splits) if best is None else best.first_s
-    return row.first_s < earliest and now + LOCAL_MARGIN * row.first_s > request.deadline
+    if best is None:
+        earliest = min(splits, key=lambda split: (split.first_s, split.prompt_s))
+        before_s = earliest.first_s + _worth_s(row, earliest, request, view, now)
+    else:
+        before_s = best.first_s
+    return row.first_s < before_s and now + LOCAL_MARGIN * row.first_s > request.deadline
+
+
+def _worth_s(row: PromptRow, split: PromptRow, request: Request, view: View, now: float) -> float:
+    """How much later than at a busy prefill worker the first token may come, for the sake of others."""
+    if request.rank >= BATCH_RANK:
+        return 0.0
+    price_s = local_price_s(view.pool.workers[row.worker], row.prompt_s, view, now)
+    return max(0.0, prefill_price_s(split.prompt_s, view, now) - price_s)
 
 
 def _other_rows(

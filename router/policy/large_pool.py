@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from twinpool.cost import ITL_SHARE
 from twinpool.router.kv_index import Stair
@@ -18,6 +18,7 @@ from twinpool.router.policy.base import View
 from twinpool.router.policy.candidates import Candidate, Outlook, with_fetch
 from twinpool.router.policy.fetch import MIN_GAIN_S, best_offer, held_tokens
 from twinpool.router.policy.orders import Depth, Orders
+from twinpool.router.policy.price import prefill_price_s
 from twinpool.router.pool import Pool, Worker
 from twinpool.router.request import NOBODY, Request
 
@@ -38,7 +39,8 @@ class PrefillSearch:
     """Gathers an ``Outlook``."""
 
     __slots__ = (
-        "_best", "_length", "_limit", "_now", "_orders", "_workers", "least", "somebody", "soonest", "surest",
+        "_best", "_length", "_limit", "_now", "_orders", "_workers", "least", "least_s", "somebody", "soonest",
+        "surest",
     )  # fmt: skip
 
     def __init__(self, pool: Pool, orders: Orders, length: int, limit: float, now: float) -> None:
@@ -49,6 +51,7 @@ class PrefillSearch:
         self._now = now
         self._best: Candidate | None = None
         self.soonest = self.least = self.surest = math.inf
+        self.least_s = 0.0
         self.somebody = False
 
     def ask(self, worker: Worker, seconds: float, cached: int) -> bool:
@@ -58,8 +61,8 @@ class PrefillSearch:
         free_at = worker.free_at(self._now)
         finish = free_at + seconds
         error_s = worker.pace.spread * seconds
-        if finish < self.least:
-            self.least = finish
+        if finish < self.least or (finish == self.least and seconds < self.least_s):
+            self.least, self.least_s = finish, seconds
         if finish + error_s < self.surest:
             self.surest = finish + error_s
         if free_at > self._limit:
@@ -96,12 +99,21 @@ class PrefillSearch:
 
     def outlook(self) -> Outlook:
         """What was found."""
-        return Outlook(self._best, self.soonest, self.least, self.surest, self.somebody)
+        return Outlook(self._best, self.soonest, self.least, self.surest, self.least_s, self.somebody)
 
 
-def least_finish(length: int, found: list[Depth], pool: Pool, orders: Orders, now: float) -> tuple[float, float]:
+class Earliest(NamedTuple):
+    """As in ``Outlook``."""
+
+    least: float
+    least_s: float
+    surest: float
+
+
+def least_finish(length: int, found: list[Depth], pool: Pool, orders: Orders, now: float) -> Earliest:
     """The earliest first token of prefill workers that all compute prompts; the same with the usual error in hand."""
     least = surest = math.inf
+    least_s = 0.0
     for depth in found:
         mask = depth.mask & orders.prefill
         if not mask:
@@ -115,16 +127,18 @@ def least_finish(length: int, found: list[Depth], pool: Pool, orders: Orders, no
                 worker = pool.workers[number]
                 if length <= worker.limit:
                     free_at = worker.free_at(now)
-                    least = min(least, free_at + seconds)
-                    surest = min(surest, free_at + seconds + depth.like.pace.spread * seconds)
-    return least, surest
+                    finish = free_at + seconds
+                    if finish < least or (finish == least and seconds < least_s):
+                        least, least_s = finish, seconds
+                    surest = min(surest, finish + depth.like.pace.spread * seconds)
+    return Earliest(least, least_s, surest)
 
 
 def outlook(request: Request, found: list[Depth], pool: Pool, orders: Orders, limit: float, now: float) -> Outlook:
     """What the prefill workers promise; those that are free until ``limit`` have room."""
     if orders.first_end > limit and not orders.prefill & orders.decoding:
-        least, surest = least_finish(request.length, found, pool, orders, now)
-        return Outlook(None, least, least, surest, False)
+        least, least_s, surest = least_finish(request.length, found, pool, orders, now)
+        return Outlook(None, least, least, surest, least_s, False)
     length = request.length
     search = PrefillSearch(pool, orders, length, limit, now)
     for depth in found:
@@ -158,7 +172,8 @@ def fetching(outlook: Outlook, request: Request, stairs: list[Stair], view: View
         return outlook
     split = with_fetch(split._replace(finish=finish), worker, offer, free_at, now)
     least, surest = min(outlook.least, finish), min(outlook.surest, finish + split.error_s)
-    return Outlook(split, outlook.soonest, least, surest, outlook.somebody)
+    least_s = finish - free_at if finish < outlook.least else outlook.least_s
+    return Outlook(split, outlook.soonest, least, surest, least_s, outlook.somebody)
 
 
 Local = Callable[[Worker, Request, int, float, float], "Candidate | None"]
@@ -270,17 +285,20 @@ def may_be_earlier(
     return False
 
 
-def passed_by(request: Request, found: list[Depth], pool: Pool, orders: Orders, limit: float, now: float) -> float:
+def passed_by(request: Request, found: list[Depth], view: View, price: bool, limit: float, now: float) -> float:
     """Short for what is asked most often: the earliest finish at a prefill worker (with the usual error in hand), where
-    none of these has room until ``limit`` and no decode worker that may take prompts would be earlier; -1: somebody
-    might take this one.
+    none of these has room until ``limit`` and no decode worker that may take prompts would be earlier, or (``price``)
+    enough for the others; -1: somebody might take this one.
     """
+    pool, orders = view.pool, view.orders
+    assert orders is not None
     if orders.first_end <= limit or orders.prefill & orders.decoding or not orders.decode:
         return -1.0
     if not may_take_prompts(pool, orders, limit, now):
         return -1.0
-    least, surest = least_finish(request.length, found, pool, orders, now)
-    return -1.0 if may_be_earlier(request, found, orders, least, limit, now) else surest
+    least, least_s, surest = least_finish(request.length, found, pool, orders, now)
+    bound = least + prefill_price_s(least_s, view, now) if price else least
+    return -1.0 if may_be_earlier(request, found, orders, bound, limit, now) else surest
 
 
 def best_local(

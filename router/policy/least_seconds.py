@@ -2,7 +2,8 @@
 
 For the next in order every worker with room is scored by ``finish = free_at + T_p(u, c)``: decode workers too, whose
 chunks must fit beside their decodes. Local wins only if it is earlier than the best split and, with 25 % in hand, still
-in time. The decode worker is the one with the least max(ITL ratio, memory ratio).
+in time. Where all prefill workers are busy it may be later than the earliest of them by what that would cost the others
+more (price.py). The decode worker is the one with the least max(ITL ratio, memory ratio).
 
 A request is passed over while a worker that is busy will give its first token earlier, for what it has cached, or where
 all with room are too late. One that can be in time nowhere any more stands behind all that can. In time is what still
@@ -24,6 +25,7 @@ from twinpool.router.policy.base import NOBODY, Passed, Placement, Refusal, View
 from twinpool.router.policy.candidates import NO_OUTLOOK, Candidate, Outlook, with_fetch
 from twinpool.router.policy.decode_wait import decode_wait_s
 from twinpool.router.policy.fetch import MIN_GAIN_S, best_offer
+from twinpool.router.policy.price import local_price_s, prefill_price_s
 from twinpool.router.pool import Worker
 from twinpool.router.request import Request
 
@@ -35,7 +37,8 @@ MAX_COMMIT_S: Final = 0.150
 CLOCK_ERROR: Final = 1e-6  # seconds: more than sums of clock readings round off
 EVER_S: Final = 1e6
 WITHOUT: Final = (
-    "nothing", "late binding", "feasible first", "passing over", "waiting", "affinity", "decode ITL", "home", "slack",
+    "nothing", "late binding", "feasible first", "passing over", "waiting", "affinity", "decode ITL", "home", "price",
+    "slack",
 )  # fmt: skip
 PASSED = Passed()
 
@@ -72,6 +75,7 @@ class LeastSeconds:
         self._affinity = without != "affinity"
         self._mind_itl = without != "decode ITL"
         self._home = without != "home"
+        self._price = without != "price"
         self.by_deadline = without == "slack"
 
     def on_room(self, request: Request, view: View, now: float) -> Placement | Refusal | Passed | None:
@@ -86,7 +90,7 @@ class LeastSeconds:
             stairs = known.stairs
             if self.paths == "auto" and not anyway and request.rank < BATCH_RANK:
                 limit = now + self._horizon(view) + CLOCK_ERROR
-                finish = large_pool.passed_by(request, known.depths, view.pool, view.orders, limit, now)
+                finish = large_pool.passed_by(request, known.depths, view, self._price, limit, now)
                 if finish >= 0.0:
                     return self._passed(request, stairs, finish, view, now)
         outlook = NO_OUTLOOK if self.paths == "local" else self._outlook(request, stairs, view, now)
@@ -97,9 +101,8 @@ class LeastSeconds:
         if self.paths != "split":
             local, free = self._best_local(request, stairs, outlook, view, now)
             somebody = somebody or free
-        if local is not None and self._prefer_local(request, split, local, outlook.least, now):
-            other = "no other worker has room" if split is None else f"split {1000 * (split.finish - now):.0f} ms"
-            return self._local(local, other, now)
+        if local is not None and self._prefer_local(request, local, outlook, view, now):
+            return self._local(local, self._instead_of(local, outlook, now), now)
         placement = None if split is None else self._split(request, split, view, now)
         if placement is not None or not somebody:
             return placement
@@ -195,6 +198,7 @@ class LeastSeconds:
         best: Candidate | None = None
         somebody = False
         soonest = least = surest = math.inf
+        least_s = 0.0
         offer = best_offer(request, stairs, view, now) if stairs and self.fetches else None
         alike, seconds, known = -1, 0.0, None  # most workers are of one kind and have none of it cached
         for worker in view.pool.prefill:
@@ -208,15 +212,15 @@ class LeastSeconds:
                 seconds = worker.prefill_s(length - cached, cached)
                 alike, known = cached, worker.pace
             free_at = worker.free_at(now)
-            finish = free_at + seconds
+            finish, took_s = free_at + seconds, seconds
             fetches = False
             if offer is not None and cached < offer.tokens:
                 fetched = offer.finish(worker, request, cached, free_at)
                 if fetched + MIN_GAIN_S < finish:
-                    finish, fetches = fetched, True
-            error_s = worker.pace.spread * (finish - free_at if fetches else seconds)
-            if finish < least:
-                least = finish
+                    finish, took_s, fetches = fetched, fetched - free_at, True
+            error_s = worker.pace.spread * took_s
+            if finish < least or (finish == least and took_s < least_s):
+                least, least_s = finish, took_s
             if finish + error_s < surest:
                 surest = finish + error_s
             if free_at > limit or (fills and (worker.prefills or worker.fills)):
@@ -228,7 +232,7 @@ class LeastSeconds:
                     best = Candidate(finish, worker.id, cached, seconds, error_s=error_s)
                     if fetches and offer is not None:
                         best = with_fetch(best, worker, offer, free_at, now)
-        return Outlook(best, soonest, least, surest, somebody)
+        return Outlook(best, soonest, least, surest, least_s, somebody)
 
     def _best_local(
         self, request: Request, stairs: list[Stair], outlook: Outlook, view: View, now: float
@@ -241,7 +245,7 @@ class LeastSeconds:
         length = request.length
         need = length + request.output_to_come
         split = outlook.split
-        bound = outlook.least if split is None else split.finish
+        bound = outlook.least + self._spared_s(request, outlook, view, now) if split is None else split.finish
         limit = now + self._horizon(view) + CLOCK_ERROR
         orders = view.orders
         if orders is not None:
@@ -292,15 +296,36 @@ class LeastSeconds:
         cached = cached_tokens(worker, request.length, stairs)
         return worker.prompt_s(request.length - cached, cached, request.itl_s)
 
-    def _prefer_local(
-        self, request: Request, split: Candidate | None, local: Candidate, least: float, now: float
-    ) -> bool:
-        """``least``: the earliest finish at any prefill worker, busy ones included; infinity without one."""
-        if split is None:
-            return least == math.inf or (local.finish < least and self._in_time(request, local, now))
-        if split.worker == local.worker:
+    def _prefer_local(self, request: Request, local: Candidate, outlook: Outlook, view: View, now: float) -> bool:
+        split = outlook.split
+        if split is not None and split.worker == local.worker:
             return local.finish <= split.finish
-        return local.finish < split.finish and self._in_time(request, local, now)
+        if split is None and outlook.least == math.inf:
+            return True
+        if not self._in_time(request, local, now):
+            return False
+        if split is not None:
+            return local.finish < split.finish
+        later_s = local.finish - outlook.least
+        if later_s < 0.0:
+            return True
+        price_s = local_price_s(view.pool.workers[local.worker], local.seconds, view, now)
+        return later_s + price_s < self._spared_s(request, outlook, view, now)
+
+    def _spared_s(self, request: Request, outlook: Outlook, view: View, now: float) -> float:
+        """What the others gain if no prefill worker computes the prompt; the batch class takes nothing from them."""
+        if not self._price or request.rank >= BATCH_RANK or outlook.least == math.inf:
+            return 0.0
+        return prefill_price_s(outlook.least_s, view, now)
+
+    @staticmethod
+    def _instead_of(local: Candidate, outlook: Outlook, now: float) -> str:
+        if outlook.split is not None:
+            return f"split {1000 * (outlook.split.finish - now):.0f} ms"
+        later_s = local.finish - outlook.least
+        if 0.0 <= later_s < math.inf:
+            return f"{1000 * later_s:.0f} ms later than at a busy prefill worker that others need"
+        return "no other worker has room"
 
     @staticmethod
     def _in_time(request: Request, local: Candidate, now: float) -> bool:

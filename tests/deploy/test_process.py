@@ -34,6 +34,10 @@ def child(lines: Lines, code: str, policy: RestartPolicy = FAST) -> Child:
     return Child("child", (sys.executable, "-S", "-c", code), policy, lines.log)
 
 
+def exists(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
 def gone(pid: int) -> bool:
     """No such process, or one that only waits to be reaped."""
     try:
@@ -128,7 +132,7 @@ async def test_a_cancelled_run_leaves_no_process() -> None:
     assert pid is not None
     run.cancel()
     await asyncio.gather(run, return_exceptions=True)
-    assert not Path(f"/proc/{pid}").exists()  # not even as one that waits to be reaped
+    assert not exists(pid)  # not even as one that waits to be reaped
 
 
 async def test_lines_without_end_and_without_text() -> None:

@@ -10,6 +10,7 @@ from tests.router.fake_worker import request_of, worker_up
 
 from twinpool.cost import StepCost
 from twinpool.router import state
+from twinpool.router.demand import Demand
 from twinpool.router.kv_index import KvIndex
 from twinpool.router.policy import View
 from twinpool.router.policy.least_seconds import LeastSeconds
@@ -61,6 +62,8 @@ class Crowd:
             prompt = rng.randrange(PROMPTS)
             depth = rng.randrange(1, 200)
             self.index.change(worker.id, [hash_of(prompt, i) for i in range(depth)], [], True)
+        elif kind == 7 and rng.random() < 0.3:
+            worker.returns.add(rng.random(), self.now)
         elif kind == 7 and rng.random() < 0.5:
             worker.pace.saw_request(rng.choice((0.9, 1.1, 1.3)))
         elif rng.random() < 0.4:
@@ -81,7 +84,11 @@ class Crowd:
 
     def views(self) -> tuple[View, View]:
         """One that asks each worker, one that has orders."""
-        return View(self.pool, self.index, 0.001, 60), View(self.pool, self.index, 0.001, 60, orders=self.orders)
+        demand = Demand(range(self.rng.choice((1, 5, 400))))
+        for rate in (demand.placed, demand.prefilled):
+            rate.add(50.0, self.now)
+        each = View(self.pool, self.index, 0.001, 60, demand=demand)
+        return each, View(self.pool, self.index, 0.001, 60, orders=self.orders, demand=demand)
 
 
 def hash_of(prompt: int, block: int) -> int:
