@@ -18,9 +18,9 @@ from twinpool.router import events as ev
 from twinpool.router.admission import NO_RANK
 from twinpool.router.attempt import Attempts
 from twinpool.router.policy.base import NOBODY, Passed, Placement, Policy, Refusal, View
-from twinpool.router.pool import MEMORY_LIMIT, Worker
 from twinpool.router.request import Phase, Request
 from twinpool.router.state import Limits, State
+from twinpool.router.worker import MEMORY_LIMIT, Worker
 
 RENEWALS_PER_LEASE: Final = 3
 MIN_TICK_S: Final = 0.001  # between two looks at a worker that is later than predicted

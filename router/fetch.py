@@ -14,9 +14,9 @@ from typing import Final
 
 from twinpool.router import events as ev
 from twinpool.router.policy.base import Placement
-from twinpool.router.pool import Worker
 from twinpool.router.request import NOBODY, Fetch, Ready, Request
 from twinpool.router.state import State
+from twinpool.router.worker import Worker
 
 PATIENCE: Final = 2.0  # times the predicted seconds, and then
 MIN_PATIENCE_S: Final = 0.050

@@ -20,9 +20,9 @@ from typing import Final
 from twinpool.router import events as ev
 from twinpool.router.fetch import CHECKSUM, MIN_PATIENCE_S, PATIENCE, pull_of
 from twinpool.router.policy.base import NOBODY, Placement, Policy
-from twinpool.router.pool import Worker
 from twinpool.router.request import Move, Ready, Request
 from twinpool.router.state import State
+from twinpool.router.worker import Worker
 
 AT_ONCE: Final = 4  # moves from one worker: more would share its link, and all be slow
 

@@ -9,7 +9,7 @@ from twinpool import blockhash
 from twinpool.errors import NotFound
 from twinpool.proto import frames
 from twinpool.router.cell import CellModel, WorkerView
-from twinpool.router.pool import Worker
+from twinpool.router.worker import Worker
 
 if TYPE_CHECKING:
     from twinpool.router.links import WorkerLink

@@ -17,8 +17,9 @@ from twinpool.router.kv_index import KvIndex
 from twinpool.router.lengths import OutputLengths
 from twinpool.router.policy.base import View
 from twinpool.router.policy.orders import Orders
-from twinpool.router.pool import Pool, Worker
+from twinpool.router.pool import Pool
 from twinpool.router.request import NOBODY, Bound, Phase, Placement, Request
+from twinpool.router.worker import Worker
 
 FORGETTING: Final = 0.05  # weight of a new sample in the running means
 MIN_TIMERS: Final = 1024

@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 from twinpool.router.demand import Demand
 from twinpool.router.kv_index import KvIndex, Stair
 from twinpool.router.policy.orders import Orders
-from twinpool.router.pool import Pool, Worker
+from twinpool.router.pool import Pool
 from twinpool.router.request import NOBODY, Placement, Request
+from twinpool.router.worker import Worker
 
 
 class View:

@@ -6,8 +6,8 @@ import math
 from typing import Final, NamedTuple
 
 from twinpool.router.policy.fetch import Offer
-from twinpool.router.pool import Worker
 from twinpool.router.request import NOBODY
+from twinpool.router.worker import Worker
 
 
 class Candidate(NamedTuple):

@@ -27,8 +27,8 @@ from twinpool.router.policy.least_seconds import (
     LeastSeconds,
 )
 from twinpool.router.policy.price import local_price_s, prefill_price_s
-from twinpool.router.pool import Worker
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 
 SPLIT: Final = "split"
 LOCAL: Final = "local"

@@ -12,8 +12,8 @@ from typing import Final
 from twinpool.router.kv_index import Stair
 from twinpool.router.pace import Pace
 from twinpool.router.policy.base import View
-from twinpool.router.pool import Worker
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 
 ROUND_TRIPS: Final = 2.0  # that a fetch takes besides its bytes
 MIN_GAIN_S: Final = 0.005  # by which the first token must be earlier: links are there for other transfers, too

@@ -19,8 +19,9 @@ from twinpool.router.policy.candidates import Candidate, Outlook, with_fetch
 from twinpool.router.policy.fetch import MIN_GAIN_S, best_offer, held_tokens
 from twinpool.router.policy.orders import Depth, Orders
 from twinpool.router.policy.price import prefill_price_s
-from twinpool.router.pool import Pool, Worker
+from twinpool.router.pool import Pool
 from twinpool.router.request import NOBODY, Request
+from twinpool.router.worker import Worker
 
 ROUNDING: Final = 1e-9  # seconds: more than sums of clock readings round off
 

@@ -26,8 +26,8 @@ from twinpool.router.policy.candidates import NO_OUTLOOK, Candidate, Outlook, wi
 from twinpool.router.policy.decode_wait import decode_wait_s
 from twinpool.router.policy.fetch import MIN_GAIN_S, best_offer
 from twinpool.router.policy.price import local_price_s, prefill_price_s
-from twinpool.router.pool import Worker
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 
 MIN_LOCAL_CHUNK: Final = 64  # tokens beside decodes: below that a local prompt starves
 LOCAL_MARGIN: Final = 1.25

@@ -13,8 +13,9 @@ from bisect import bisect_left, insort
 from typing import Final, NamedTuple
 
 from twinpool.router.kv_index import KvIndex, Stair
-from twinpool.router.pool import Pool, Worker
+from twinpool.router.pool import Pool
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 
 MOST_SLOS: Final = 8  # ITL SLOs that have an order of their own
 MOST_KNOWN: Final = 4096  # requests

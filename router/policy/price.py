@@ -13,7 +13,7 @@ has cached, since all else could go elsewhere.
 from __future__ import annotations
 
 from twinpool.router.policy.base import View
-from twinpool.router.pool import Worker
+from twinpool.router.worker import Worker
 
 
 def prefill_price_s(seconds: float, view: View, now: float) -> float:

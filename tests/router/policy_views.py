@@ -6,8 +6,9 @@ from tests.router.fake_worker import request_of, worker_up
 
 from twinpool.router.kv_index import KvIndex
 from twinpool.router.policy import View
-from twinpool.router.pool import Pool, Worker
+from twinpool.router.pool import Pool
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 
 NOW = 100.0
 

@@ -15,8 +15,9 @@ from twinpool.router.kv_index import KvIndex
 from twinpool.router.policy import View
 from twinpool.router.policy.least_seconds import LeastSeconds
 from twinpool.router.policy.orders import Orders
-from twinpool.router.pool import Pool, Worker
+from twinpool.router.pool import Pool
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 from twinpool.sim.generate import generate
 from twinpool.sim.replay import replay
 from twinpool.sim.settings import Settings

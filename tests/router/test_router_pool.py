@@ -12,7 +12,8 @@ from tests.router.fake_worker import COST, worker_up
 
 from twinpool.cost import StepCost
 from twinpool.router.pace import Pace
-from twinpool.router.pool import MEMORY_LIMIT, Pool, Worker
+from twinpool.router.pool import Pool
+from twinpool.router.worker import MEMORY_LIMIT, Worker
 
 
 def worker() -> Worker:

@@ -10,8 +10,8 @@ import math
 
 from twinpool.router.kv_index import Stair
 from twinpool.router.policy.base import NOBODY, Placement, Refusal, View, cached_tokens
-from twinpool.router.pool import Worker
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 
 
 def first_least(workers: list[Worker], scores: list[float]) -> Worker:

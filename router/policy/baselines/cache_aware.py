@@ -11,8 +11,8 @@ from twinpool.router.policy.base import View, cached_tokens
 from twinpool.router.policy.baselines.at_arrival import AtArrival, first_least, least_active
 from twinpool.router.policy.baselines.info import Parameter, PolicyInfo
 from twinpool.router.policy.baselines.match import Memory
-from twinpool.router.pool import Worker
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 
 
 class SglangCacheAware(AtArrival):

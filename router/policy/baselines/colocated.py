@@ -8,8 +8,8 @@ from twinpool.router.kv_index import Stair
 from twinpool.router.policy.base import View, cached_tokens
 from twinpool.router.policy.baselines.at_arrival import AtArrival, first_least, queue_seconds
 from twinpool.router.policy.baselines.info import Parameter, PolicyInfo
-from twinpool.router.pool import Worker
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 
 
 class Colocated(AtArrival):

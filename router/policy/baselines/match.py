@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from twinpool.router.kv_index import KvIndex, Stair
-from twinpool.router.pool import Worker
+from twinpool.router.worker import Worker
 
 
 class Memory:

@@ -9,8 +9,8 @@ from twinpool.router.policy.base import NOBODY, Refusal, View, cached_tokens
 from twinpool.router.policy.baselines.at_arrival import AtArrival, first_least, least_active, queue_seconds
 from twinpool.router.policy.baselines.info import Parameter, PolicyInfo
 from twinpool.router.policy.baselines.simple import RoundRobin
-from twinpool.router.pool import Worker
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 
 
 class VllmPd(RoundRobin):

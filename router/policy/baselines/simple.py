@@ -8,8 +8,8 @@ from twinpool.router.kv_index import Stair
 from twinpool.router.policy.base import NOBODY, View
 from twinpool.router.policy.baselines.at_arrival import AtArrival, first_least, least_active
 from twinpool.router.policy.baselines.info import Parameter, PolicyInfo
-from twinpool.router.pool import Worker
 from twinpool.router.request import Request
+from twinpool.router.worker import Worker
 
 _MASK = (1 << 64) - 1
 PREFILL, DECODE = 0, 1  # draws for the two pools differ
