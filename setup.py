@@ -20,8 +20,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, LinkError
 
 COMPILED = [  # below src/twinpool
-    *(f"router/{name}" for name in ("admission", "attempt", "core", "demand", "events", "fair", "kv_index", "pool")),
-    *(f"router/{name}" for name in ("fetch", "lengths", "move", "pace", "record", "request", "state", "worker")),
+    *(f"router/{name}" for name in ("admission", "attempt", "core", "demand", "events", "fair", "kv_index", "line")),
+    *(
+        f"router/{name}"
+        for name in ("fetch", "lengths", "move", "pace", "pool", "record", "request", "state", "worker")
+    ),
     *(f"router/policy/{name}" for name in ("base", "candidates", "decode_wait", "fetch", "large_pool")),
     *(f"router/policy/{name}" for name in ("least_seconds", "orders", "price")),
     *(f"sim/{name}" for name in ("decode", "kv_feed", "links", "loop", "members", "memory", "prompts", "record")),

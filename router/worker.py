@@ -13,23 +13,12 @@ from typing import Final, NamedTuple
 from twinpool.cost import ITL_SHARE
 from twinpool.router.demand import Rate
 from twinpool.router.events import WorkerUp
+from twinpool.router.line import Commitment, Line
 from twinpool.router.pace import Pace
 from twinpool.router.request import Bound, Request
 
-ROUNDING: Final = 1e-9  # seconds
 FAR_TOKENS: Final = 16384  # position in a prompt at which the seconds of a token are looked up a second time
 MEMORY_LIMIT: Final = 0.97  # share of a worker's KV tokens that may be booked
-
-
-class Commitment:
-    """Prefill work committed to a worker and not finished: predicted seconds left, and of which tokens."""
-
-    __slots__ = ("cached", "seconds", "tokens")
-
-    def __init__(self, seconds: float, tokens: int, cached: int) -> None:
-        self.seconds = seconds
-        self.tokens = tokens  # uncached, left to compute
-        self.cached = cached
 
 
 class Beside(NamedTuple):
@@ -47,8 +36,8 @@ class Worker:
     __slots__ = (
         "_beside", "attempts", "block_bytes", "block_size", "blocks", "booked", "bound", "bound_s", "capacity",
         "changes", "chunk_tokens", "context", "cost", "decodes", "device", "draining", "fills", "full", "held", "id",
-        "index_tokens", "itl_s", "leaves_decode", "limit", "link_busy", "max_batch", "name", "noted", "pace", "pending",
-        "prefills", "returns", "roles", "since", "slos", "wanted", "work_s",
+        "index_tokens", "itl_s", "leaves_decode", "limit", "line", "link_busy", "max_batch", "name", "noted", "pace",
+        "pending", "prefills", "returns", "roles", "slos", "wanted",
     )  # fmt: skip
 
     def __init__(self, up: WorkerUp) -> None:
@@ -71,8 +60,8 @@ class Worker:
         self.link_busy = 0.0  # until when KV that was asked for is predicted to be on its link
         self.full = False  # it said NoRoom: nothing new until it reports room, or something there ends
         self.wanted = 0  # KV tokens that it had no room for then
-        self.prefills: dict[int, Commitment] = {}  # attempt -> work, in commit order
-        self.work_s = 0.0  # the sum of their seconds
+        self.line = Line()  # of prompts to compute
+        self.prefills = self.line.prompts  # attempt -> work, in commit order
         self.fills: dict[int, Commitment] = {}  # of the batch class: prompts that give way to all others
         self.returns = Rate()  # of prompts that come here for what is cached, each by the share of it that is
         self.pending = 0  # uncached prompt tokens committed or bound here and not computed, by prediction
@@ -83,7 +72,6 @@ class Worker:
         self.attempts: dict[int, int] = {}  # attempt -> rid, everything this worker has to do with
         self.booked = 0
         self.context = 0
-        self.since = 0.0  # when the first of ``prefills`` was last known to have ``seconds`` left
         self.itl_s: dict[int, float] = {}  # attempt -> SLO of a decoding sequence
         self.slos: dict[float, int] = {}  # how many of them have which
         self._beside: dict[float, Beside] = {}  # ITL SLO -> ..., until other sequences decode here
@@ -145,25 +133,32 @@ class Worker:
 
     def free_at(self, now: float) -> float:
         """When the committed prefill work is predicted to end; ``now`` if there is none."""
-        if not self.prefills:
-            return now
-        gone = now - self.since
-        for head in self.prefills.values():
-            if gone > head.seconds:
-                gone = head.seconds
-            break
-        left = self.work_s - gone
-        return now + left if left > 0.0 else now
+        return self.line.end(now)
+
+    def begins_by(self, limit: float, now: float, tokens: int, itl_s: float) -> bool:
+        """Whether a prompt of so many uncached tokens is predicted to begin until then: behind all others, or in one
+        step with those that are next."""
+        return self.line.begins_by(limit, now, tokens, self.step_tokens(itl_s))
+
+    def begins(self) -> float:
+        """No prompt begins earlier, whatever ``begins_by`` is asked; there must be some in line."""
+        return self.line.begins(self.chunk_tokens)
 
     def free_within(self, horizon: float) -> float:
-        """When, without news, ``free_at`` comes within ``horizon`` seconds; infinity if only news can bring that.
+        """When, without news, a prompt might begin within ``horizon`` seconds; infinity if only news can bring that."""
+        return self.line.begins_within(horizon, self.chunk_tokens)
 
-        Unlike ``free_at`` this does not move while work takes longer than predicted.
-        """
-        for head in self.prefills.values():
-            rest = self.work_s - head.seconds
-            return self.since + self.work_s - horizon if rest <= horizon + ROUNDING else math.inf
-        return math.inf
+    def step_tokens(self, itl_s: float) -> int:
+        """Prompt tokens of a step."""
+        return self.beside(itl_s).tokens if self.decodes else self.chunk_tokens
+
+    def _shared_s(self, tokens: int) -> float:
+        """Seconds that a prompt takes less for sharing a step with those that are next."""
+        behind = self.line.behind
+        if self.decodes or behind <= 0 or behind + tokens > self.chunk_tokens:
+            return 0.0
+        saved = self.prefill_s(behind, 0) + self.prefill_s(tokens, 0) - self.prefill_s(behind + tokens, 0)
+        return saved if saved > 0.0 else 0.0
 
     def commit_prefill(
         self, attempt: int, seconds: float, tokens: int, cached: int, now: float, fills: bool = False
@@ -174,10 +169,9 @@ class Worker:
         if fills:
             self.fills[attempt] = Commitment(seconds, tokens, cached)
             return
-        if not self.prefills:
-            self.since = now
-        self.prefills[attempt] = Commitment(seconds, tokens, cached)
-        self.work_s += seconds
+        shared_s = self._shared_s(tokens)
+        work = Commitment(seconds - shared_s if shared_s < seconds else 0.0, tokens, cached)
+        self.line.add(attempt, work, now, self.step_tokens(math.inf))
 
     def progress(self, attempt: int, left: int, cached: int, pace: float, now: float) -> None:
         """The worker reports ``left`` uncached tokens of a prompt that takes ``pace`` times as long as by its cost."""
@@ -190,16 +184,12 @@ class Worker:
         if work is not None:
             self.note()
             self.pending += left - work.tokens
-            work.tokens = left
             work.cached = cached
-            self.work_s -= work.seconds
             if pace == 1.0:
-                work.seconds = self.prefill_s(left, cached)
+                seconds = self.prefill_s(left, cached)
             else:  # seen of this very prompt: what others were like does not count
-                work.seconds = pace * self.cost.prefill(left, cached, self.chunk_tokens)
-            self.work_s += work.seconds
-            if attempt == next(iter(self.prefills)):
-                self.since = now
+                seconds = pace * self.cost.prefill(left, cached, self.chunk_tokens)
+            self.line.change(attempt, seconds, left, now, self.step_tokens(math.inf))
 
     def end_prefill(self, attempt: int, now: float) -> None:
         """The prompt is computed, or nobody wants it any more. Idempotent."""
@@ -207,17 +197,10 @@ class Worker:
         if fill is not None:
             self.note()
             self.pending -= fill.tokens
-        work = self.prefills.get(attempt)
-        if work is None:
-            return
-        for head in self.prefills:
-            if head == attempt:
-                self.since = now
-            break
-        self.note()
-        del self.prefills[attempt]
-        self.pending -= work.tokens
-        self.work_s = self.work_s - work.seconds if self.prefills else 0.0  # no error outlives a quiet moment
+        if attempt in self.prefills:
+            work = self.line.remove(attempt, now, self.step_tokens(math.inf))
+            self.note()
+            self.pending -= work.tokens
 
     def carry(self, seconds: float, now: float) -> None:
         """KV that takes its link for so long was asked for; it waits for what was before."""
@@ -324,6 +307,5 @@ class Worker:
         works = [*self.prefills.values(), *self.fills.values()]
         tokens = sum(work.tokens for work in works) + sum(bound.tokens for bound in self.bound)
         assert self.pending == tokens, f"{self.name}: {self.pending} tokens pending, {tokens} committed"
-        seconds = sum(work.seconds for work in self.prefills.values())
-        assert abs(self.work_s - seconds) < 1e-6, f"{self.name}: {self.work_s} s of work, {seconds} committed"
+        self.line.check_integrity()
         assert sum(self.slos.values()) == len(self.itl_s), f"{self.name}: {self.slos} for {len(self.itl_s)} sequences"

@@ -18,7 +18,7 @@ import pytest
 
 ROUTER_PURE = (
     *("core", "attempt", "state", "request", "events", "admission", "fair", "pool", "kv_index", "policy"),
-    *("demand", "fetch", "lengths", "move", "pace", "record", "story", "witness", "worker"),
+    *("demand", "fetch", "lengths", "line", "move", "pace", "record", "story", "witness", "worker"),
 )
 WORKERS_PURE = ("scheduler", "blocks", "chunks", "eviction", "pace", "preemption", "sequence")
 EVERYTHING = frozenset(

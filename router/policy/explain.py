@@ -142,11 +142,18 @@ def _why_no_split(request: Request, worker: Worker, view: View, now: float) -> s
         (worker.draining, DRAINS),
         (request.left > 1 and not view.pool.decode, NO_DECODER),
         (request.length > worker.limit, TOO_SMALL),
-        (worker.free_at(now) > now + horizon_s + CLOCK_ERROR, BUSY.format(1000.0 * horizon_s)),
+        (not _begins(request, worker, view, now), BUSY.format(1000.0 * horizon_s)),
         (worker.full, SAID_FULL),
         (worker.booked + request.length > worker.limit, NO_MEMORY),
     )
     return next((why for broken, why in rules if broken), "")
+
+
+def _begins(request: Request, worker: Worker, view: View, now: float) -> bool:
+    """Whether the prompt could begin within the commit horizon."""
+    cached = cached_tokens(worker, request.length, view.index.stairs(request.hashes) if request.hashes else [])
+    limit = now + _horizon_s(view) + CLOCK_ERROR
+    return worker.begins_by(limit, now, request.length - cached, request.itl_s)
 
 
 def _horizon_s(view: View) -> float:
@@ -166,7 +173,7 @@ def _local_row(
         (worker.draining, DRAINS),
         (not worker.could_fit(need), TOO_SMALL),
         (bool(worker.fills), PROMPTS),
-        (worker.free_at(now) > now + horizon_s + CLOCK_ERROR, BUSY.format(1000.0 * horizon_s)),
+        (not _begins(request, worker, view, now), BUSY.format(1000.0 * horizon_s)),
         (worker.full, SAID_FULL),
         (not worker.fits(need), NO_MEMORY),
         (worker.batch >= worker.max_batch, BATCH_FULL),

@@ -40,14 +40,15 @@ class PrefillSearch:
     """Gathers an ``Outlook``."""
 
     __slots__ = (
-        "_best", "_length", "_limit", "_now", "_orders", "_workers", "least", "least_s", "somebody", "soonest",
-        "surest",
+        "_best", "_itl_s", "_length", "_limit", "_now", "_orders", "_workers", "least", "least_s", "somebody",
+        "soonest", "surest",
     )  # fmt: skip
 
-    def __init__(self, pool: Pool, orders: Orders, length: int, limit: float, now: float) -> None:
+    def __init__(self, pool: Pool, orders: Orders, request: Request, limit: float, now: float) -> None:
         self._workers = pool.workers
         self._orders = orders
-        self._length = length
+        self._length = request.length
+        self._itl_s = request.itl_s
         self._limit = limit
         self._now = now
         self._best: Candidate | None = None
@@ -66,14 +67,14 @@ class PrefillSearch:
             self.least, self.least_s = finish, seconds
         if finish + error_s < self.surest:
             self.surest = finish + error_s
-        if free_at > self._limit:
-            if finish < self.soonest:
-                self.soonest = finish
-            return False
-        if worker.full:
+        limit, now, itl_s = self._limit, self._now, self._itl_s
+        begins = free_at <= limit or worker.begins_by(limit, now, self._length - cached, itl_s)
+        if not begins and finish < self.soonest:
+            self.soonest = finish
+        if worker.full or not (begins or worker.begins_by(limit, now, 1, itl_s)):
             return False
         self.somebody = True
-        if worker.booked + self._length > worker.limit:
+        if not begins or worker.booked + self._length > worker.limit:
             return False
         best = self._best
         if best is None or finish < best.finish or (finish == best.finish and worker.id < best.worker):
@@ -94,7 +95,9 @@ class PrefillSearch:
         for until, number in self._orders.busy.places:
             finish = until + seconds - ROUNDING
             if until > self._limit and finish >= self.soonest and finish + spread * seconds >= self.surest:
-                return
+                best = self._best
+                if self._orders.first_begin > self._limit or (best is not None and finish >= best.finish):
+                    return
             if mask >> number & 1:
                 self.ask(self._workers[number], seconds, cached)
 
@@ -137,11 +140,11 @@ def least_finish(length: int, found: list[Depth], pool: Pool, orders: Orders, no
 
 def outlook(request: Request, found: list[Depth], pool: Pool, orders: Orders, limit: float, now: float) -> Outlook:
     """What the prefill workers promise; those that are free until ``limit`` have room."""
-    if orders.first_end > limit and not orders.prefill & orders.decoding:
+    if orders.first_begin > limit and not orders.prefill & orders.decoding:
         least, least_s, surest = least_finish(request.length, found, pool, orders, now)
         return Outlook(None, least, least, surest, least_s, False)
     length = request.length
-    search = PrefillSearch(pool, orders, length, limit, now)
+    search = PrefillSearch(pool, orders, request, limit, now)
     for depth in found:
         mask = depth.mask & orders.prefill
         beside = mask & orders.decoding
@@ -206,10 +209,11 @@ class LocalSearch:
         return self._bound if self.best is None else min(self._bound, self.best.finish)
 
     def ask_busy(self, number: int, cached: int, alone_s: float, limit: float, bound: float) -> None:
-        """Count one worker in that may have prompts, if it is done with them until ``limit``, in time for ``bound``."""
-        worker = self._workers[number]
-        free_at = worker.free_at(self.now)
-        if not worker.fills and free_at <= limit and free_at + alone_s < bound:
+        """Count one worker in that may have prompts, if one more begins until ``limit``, in time for ``bound``."""
+        worker, request = self._workers[number], self._request
+        if worker.fills or worker.free_at(self.now) + alone_s >= bound:
+            return
+        if worker.begins_by(limit, self.now, request.length - cached, request.itl_s):
             self.ask(number, cached, alone_s)
 
     def ask(self, number: int, cached: int, alone_s: float) -> bool:
@@ -246,20 +250,20 @@ class LocalSearch:
                 self.ask(number, cached, alone_s)
 
 
-def may_take_prompts(pool: Pool, orders: Orders, limit: float, now: float) -> bool:
-    """Whether a decode worker is done with its prompts until ``limit``, and has memory that is not booked."""
+def may_take_prompts(pool: Pool, orders: Orders, itl_s: float, limit: float, now: float) -> bool:
+    """Whether a prompt may begin at a decode worker until ``limit`` that has memory which is not booked."""
     for _, number in orders.booked.places:
         if orders.free >> number & 1:
             worker = pool.workers[number]
             if worker.booked <= worker.limit:
                 return True
             break
-    for end, number in orders.busy.places:
-        if end > limit:
+    for begin, number in orders.begins.places:
+        if begin > limit:
             break
         worker = pool.workers[number]
         takes = orders.decode >> number & 1 and not worker.fills and worker.booked <= worker.limit
-        if takes and worker.free_at(now) <= limit:
+        if takes and worker.begins_by(limit, now, 1, itl_s):
             return True
     return False
 
@@ -267,10 +271,10 @@ def may_take_prompts(pool: Pool, orders: Orders, limit: float, now: float) -> bo
 def may_be_earlier(
     request: Request, found: list[Depth], orders: Orders, bound: float, limit: float, now: float
 ) -> bool:
-    """Whether a decode worker that is done with its prompts until ``limit`` might give the first token before then."""
+    """Whether a decode worker where it may begin until ``limit`` might give the first token before ``bound``."""
     shortest = min([depth.seconds for depth in found], default=math.inf)
-    for end, number in orders.busy.places:
-        if end > limit or end + shortest - ROUNDING >= bound:
+    for begin, number in orders.begins.places:
+        if begin > limit or begin + shortest - ROUNDING >= bound:
             break
         if orders.decode >> number & 1:
             return True
@@ -293,9 +297,9 @@ def passed_by(request: Request, found: list[Depth], view: View, price: bool, lim
     """
     pool, orders = view.pool, view.orders
     assert orders is not None
-    if orders.first_end <= limit or orders.prefill & orders.decoding or not orders.decode:
+    if orders.first_begin <= limit or orders.prefill & orders.decoding or not orders.decode:
         return -1.0
-    if not may_take_prompts(pool, orders, limit, now):
+    if not may_take_prompts(pool, orders, request.itl_s, limit, now):
         return -1.0
     least, least_s, surest = least_finish(request.length, found, pool, orders, now)
     bound = least + prefill_price_s(least_s, view, now) if price else least
@@ -314,8 +318,8 @@ def best_local(
         if mask and search.now + depth.seconds < bound:
             search.ask_all(mask, depth.cached, depth.seconds)
     shortest = min([depth.seconds for depth in found], default=math.inf)
-    for end, number in orders.busy.places:
-        if end > limit or end + shortest - ROUNDING > search.latest():
+    for begin, number in orders.begins.places:
+        if begin > limit or begin + shortest - ROUNDING > search.latest():
             break
         if orders.decode >> number & 1:
             for depth in found:
@@ -373,7 +377,7 @@ def least_loaded(request: Request, pool: Pool, orders: Orders, need: int, score:
 
 def next_free(pool: Pool, orders: Orders, horizon: float, now: float) -> float:
     """The first moment after ``now`` at which, without news, a worker comes within the horizon."""
-    places = orders.busy.places
+    places = orders.begins.places
     for i in range(bisect_left(places, (now + horizon - ROUNDING, -1)), len(places)):
         moment = pool.workers[places[i][1]].free_within(horizon)
         if now < moment < math.inf:

@@ -189,7 +189,7 @@ class LeastSeconds:
         if request.left > 1 and not view.pool.decode:
             return NO_OUTLOOK
         limit = now + self._horizon(view) + CLOCK_ERROR
-        length = request.length
+        length, itl_s = request.length, request.itl_s
         fills = request.rank >= BATCH_RANK  # takes only what nobody else does
         if view.orders is not None and not fills:
             found = view.orders.known[request.rid].depths
@@ -206,8 +206,7 @@ class LeastSeconds:
                 continue
             cached = cached_tokens(worker, length, stairs) if stairs else 0
             if worker.decodes:
-                seconds = worker.prompt_s(length - cached, cached, request.itl_s)
-                known = None
+                seconds, known = worker.prompt_s(length - cached, cached, itl_s), None
             elif cached != alike or worker.pace is not known:
                 seconds = worker.prefill_s(length - cached, cached)
                 alike, known = cached, worker.pace
@@ -223,23 +222,23 @@ class LeastSeconds:
                 least, least_s = finish, took_s
             if finish + error_s < surest:
                 surest = finish + error_s
-            if free_at > limit or (fills and (worker.prefills or worker.fills)):
-                if finish < soonest:
-                    soonest = finish
-            elif not worker.full:
-                somebody = True
-                if worker.booked + length <= worker.limit and (best is None or finish < best.finish):
-                    best = Candidate(finish, worker.id, cached, seconds, error_s=error_s)
-                    if fetches and offer is not None:
-                        best = with_fetch(best, worker, offer, free_at, now)
+            others = fills and (worker.prefills or worker.fills)
+            begins = not others and worker.begins_by(limit, now, length - cached, itl_s)
+            if not begins and finish < soonest:
+                soonest = finish
+            if worker.full or others or not (begins or worker.begins_by(limit, now, 1, itl_s)):
+                continue
+            somebody = True
+            if begins and worker.booked + length <= worker.limit and (best is None or finish < best.finish):
+                best = Candidate(finish, worker.id, cached, seconds, error_s=error_s)
+                if fetches and offer is not None:
+                    best = with_fetch(best, worker, offer, free_at, now)
         return Outlook(best, soonest, least, surest, least_s, somebody)
 
     def _best_local(
         self, request: Request, stairs: list[Stair], outlook: Outlook, view: View, now: float
     ) -> tuple[Candidate | None, bool]:
-        """The earliest of the decode workers that have computed their prompts, or will have within the commit horizon;
-        and whether there is any that may take one.
-        """
+        """The earliest of the decode workers where it may begin within the commit horizon; whether any prompt may."""
         best: Candidate | None = None
         somebody = False
         length = request.length
@@ -249,7 +248,7 @@ class LeastSeconds:
         limit = now + self._horizon(view) + CLOCK_ERROR
         orders = view.orders
         if orders is not None:
-            if not large_pool.may_take_prompts(view.pool, orders, limit, now):
+            if not large_pool.may_take_prompts(view.pool, orders, request.itl_s, limit, now):
                 return None, False
             found = orders.known[request.rid].depths
             if split is None and not large_pool.may_be_earlier(request, found, orders, bound, limit, now):
@@ -261,18 +260,19 @@ class LeastSeconds:
         for worker in view.pool.decode:
             if worker.fills or worker.booked > worker.limit:
                 continue
-            free_at = worker.free_at(now)
-            if free_at > limit:
+            if not worker.begins_by(limit, now, 1, request.itl_s):
                 continue
             somebody = True
             if not worker.fits(need) or worker.batch >= worker.max_batch:
                 continue
             cached = cached_tokens(worker, length, stairs) if stairs else 0
+            if not worker.begins_by(limit, now, length - cached, request.itl_s):
+                continue
             if cached != alike or worker.pace is not known:
                 seconds = worker.prefill_s(length - cached, cached)
                 alike, known = cached, worker.pace
             # Even with the worker for itself the prompt must be earlier there than elsewhere.
-            if free_at + seconds >= bound and (split is None or worker.id != split.worker):
+            if worker.free_at(now) + seconds >= bound and (split is None or worker.id != split.worker):
                 continue
             candidate = self._local_candidate(worker, request, cached, seconds, now)
             if candidate is not None and (best is None or candidate.finish < best.finish):

@@ -122,8 +122,8 @@ class Orders:
     """Of one pool. Masks are of worker ids; all are as of the last ``refresh``."""
 
     __slots__ = (
-        "_pool", "_rates", "_rises", "_version", "booked", "busy", "decode", "decoding", "first_end", "free", "idle",
-        "kinds", "known", "largest", "prefill",
+        "_pool", "_rates", "_rises", "_version", "begins", "booked", "busy", "decode", "decoding", "first_begin",
+        "free", "idle", "kinds", "known", "largest", "prefill",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
@@ -134,6 +134,7 @@ class Orders:
 
     def _clear(self) -> None:
         self.busy = Order()  # workers with prompts, by when these would end if they took as long as predicted
+        self.begins = Order()  # ... by when one more could begin at the earliest
         self.booked = Order()  # decode workers, by booked share of memory
         self._rates: dict[float, Rates] = {}  # ITL SLO -> of the decode workers
         self.kinds: list[Kind] = []
@@ -141,7 +142,7 @@ class Orders:
         self.idle = 0  # without prompts in line
         self.free = 0  # ... and without those of the batch class
         self.decoding = 0
-        self.first_end = -math.inf  # no prefill worker is without prompts before
+        self.first_begin = -math.inf  # no prompt begins at a prefill worker before
         self.largest = 1.0  # KV tokens that a decode worker may book at most
         self._rises: list[float] = []  # of each kind: what a token of context adds to a step at least, without its pace
 
@@ -156,12 +157,12 @@ class Orders:
             self._take(worker)
             worker.noted = False
         pool.changes.clear()
-        self.first_end = -math.inf if self.idle & self.prefill else self._first_end()
+        self.first_begin = -math.inf if self.idle & self.prefill else self._first_begin()
 
-    def _first_end(self) -> float:
-        for end, number in self.busy.places:
+    def _first_begin(self) -> float:
+        for begin, number in self.begins.places:
             if self.prefill >> number & 1:
-                return end
+                return begin
         return math.inf
 
     def _rebuild(self) -> None:
@@ -181,10 +182,12 @@ class Orders:
         if self._pool.workers.get(number) is not worker:
             return  # it is gone
         if worker.prefills:
-            self.busy.put(number, worker.since + worker.work_s)
+            self.busy.put(number, worker.line.since + worker.line.seconds)
+            self.begins.put(number, worker.begins())
             self.idle &= ~bit
         else:
             self.busy.drop(number)
+            self.begins.drop(number)
             self.idle |= bit
         self.free = self.free & ~bit if worker.prefills or worker.fills else self.free | bit
         self.decoding = self.decoding | bit if worker.decodes else self.decoding & ~bit
@@ -238,6 +241,7 @@ class Orders:
         fresh = Orders(self._pool)
         fresh.refresh()
         assert self.busy.places == fresh.busy.places, "workers with prompts are out of order"
+        assert self.begins.places == fresh.begins.places, "workers are out of the order in which prompts may begin"
         assert self.booked.places == fresh.booked.places, "decode workers are out of order"
         assert (self.idle, self.free, self.decoding) == (fresh.idle, fresh.free, fresh.decoding), "masks differ"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.router.fake_worker import request_of, worker_up
+from tests.router.fake_worker import COST, request_of, worker_up
 
 from twinpool.router.kv_index import KvIndex
 from twinpool.router.policy import View
@@ -30,9 +30,9 @@ def ask(prompt_len: int = 400, max_tokens: int = 50, *, deadline: float = NOW + 
 
 
 def busy(view: View, worker: int, seconds: float, attempt: int = 50) -> None:
-    """Commits prompt work to a worker, now."""
+    """Commits prompt work to a worker, now; of as many tokens as take so long."""
     view.pool.workers[worker].book(attempt, attempt, 10)
-    view.pool.workers[worker].commit_prefill(attempt, seconds, 10, 0, NOW)
+    view.pool.workers[worker].commit_prefill(attempt, seconds, round(seconds / COST.a), 0, NOW)
 
 
 def decoding(view: View, worker: int, count: int, context: int = 100, itl_s: float = 0.1) -> None:

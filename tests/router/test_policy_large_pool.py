@@ -54,7 +54,8 @@ class Crowd:
             if kind == 0:
                 worker.join_decode(self.attempt, rng.randrange(1, 500), rng.choice((0.05, 0.1)))
             else:
-                worker.commit_prefill(self.attempt, rng.random() * 0.3, 10, 0, self.now, rng.random() < 0.1)
+                tokens = rng.randrange(1, 400)
+                worker.commit_prefill(self.attempt, tokens / 1000, tokens, 0, self.now, rng.random() < 0.1)
         elif kind == 3 and worker.prefills:
             worker.progress(rng.choice(list(worker.prefills)), rng.randrange(200), 0, rng.choice((1.0, 1.2)), self.now)
         elif kind < 6 and worker.attempts:

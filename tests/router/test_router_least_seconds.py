@@ -69,6 +69,23 @@ def test_the_queue_stays_central() -> None:
     assert waited >= 28
 
 
+def test_short_prompts_share_a_step() -> None:
+    """They are committed while those before them run, as many as fit: all begin when these end."""
+    view = cell("prefill", "decode")
+    busy(view, 0, 0.015)
+    worker, policy, placed = view.pool.workers[0], LeastSeconds("split"), 0
+    while isinstance(placement := policy.on_room(ask(100), view, NOW), Placement):
+        placed += 1
+        worker.book(placed, placed, 100)
+        worker.commit_prefill(placed, placement.seconds, 100, 0, NOW)
+    assert placed == 5, "steps of 512 tokens"
+    assert worker.free_at(NOW) == pytest.approx(NOW + 0.015 + COST.prefill(500, 0, 512))
+    assert worker.free_at(NOW) < NOW + 0.015 + 4.5 * COST.prefill(100, 0, 512)
+    assert isinstance(policy.on_room(ask(12), view, NOW), Placement)
+    assert worker.free_within(0.02) == pytest.approx(NOW - 0.005)
+    assert policy.on_room(ask(100), view, NOW + 0.5) == Passed(0.0), "late work is not believed to be over"
+
+
 # --- which prefill worker ----------
 
 
@@ -210,7 +227,7 @@ def test_a_decode_worker_takes_prompts_only_beside_its_decodes(hindrance: str) -
     elif hindrance == "prompt":
         busy(view, 1, 0.01)
         assert LeastSeconds().on_room(ask(), view, NOW) is not None, "done within the horizon"
-        busy(view, 1, 0.03, attempt=52)
+        busy(view, 1, 0.06, attempt=52)
     elif hindrance == "chunk":
         decode.forget(1000, NOW)
         decode.book(1000, 1000, 100)

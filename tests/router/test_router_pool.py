@@ -89,9 +89,11 @@ def test_free_within() -> None:
     w.commit_prefill(1, 1.0, 10, 0, now=2.0)
     assert w.free_within(0.1) == pytest.approx(2.9)
     w.commit_prefill(2, 0.05, 10, 0, now=2.0)
-    assert w.free_within(0.1) == pytest.approx(2.95)
-    w.commit_prefill(3, 0.06, 10, 0, now=2.0)
-    assert w.free_within(0.1) == math.inf  # however long the first takes: 0.11 s follow it
+    assert w.free_within(0.1) == pytest.approx(2.9), "the step after the first has room"
+    w.commit_prefill(3, 0.02, 16, 0, now=2.0)
+    assert w.free_within(0.1) == pytest.approx(2.97)
+    w.commit_prefill(4, 0.06, 10, 0, now=2.0)
+    assert w.free_within(0.1) == math.inf  # however long the first takes: 0.13 s follow it
 
 
 def test_room() -> None:
