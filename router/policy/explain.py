@@ -195,7 +195,7 @@ def _lacks_margin(row: PromptRow, splits: list[PromptRow], request: Request, vie
         before_s = earliest.first_s + _worth_s(row, earliest, request, view, now)
     else:
         before_s = best.first_s
-    return row.first_s < before_s and now + LOCAL_MARGIN * row.first_s > request.deadline
+    return row.first_s < before_s and now + LOCAL_MARGIN * row.first_s + row.error_s > request.deadline
 
 
 def _worth_s(row: PromptRow, split: PromptRow, request: Request, view: View, now: float) -> float:
@@ -235,7 +235,7 @@ def _row(
     first_s = wait_s + prompt_s
     memory = (worker.booked + need) / worker.limit
     slack_s = request.deadline - now - first_s
-    error_s = worker.pace.spread * prompt_s if path == SPLIT else 0.0  # local has a margin of its own
+    error_s = worker.pace.spread * prompt_s
     return PromptRow(worker.id, worker.name, path, cached, wait_s, prompt_s, first_s, slack_s, error_s, memory, why_not)
 
 

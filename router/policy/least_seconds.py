@@ -1,7 +1,7 @@
 """The default policy: commit late, to whoever is predicted to give the first token earliest.
 
 For the next in order every worker with room is scored by ``finish = free_at + T_p(u, c)``: decode workers too, whose
-chunks must fit beside their decodes. Local wins only if it is earlier than the best split and, with 25 % in hand, still
+chunks must fit beside their decodes. Local wins only if it is earlier than the best split and, with 5 % in hand, still
 in time. Where all prefill workers are busy it may be later than the earliest of them by what that would cost the others
 more (price.py). The decode worker is the one with the least max(ITL ratio, memory ratio).
 
@@ -30,7 +30,7 @@ from twinpool.router.request import Request
 from twinpool.router.worker import Worker
 
 MIN_LOCAL_CHUNK: Final = 64  # tokens beside decodes: below that a local prompt starves
-LOCAL_MARGIN: Final = 1.25
+LOCAL_MARGIN: Final = 1.05  # other sequences may join the decodes beside which the prompt is computed
 UNHOMED_SHARE: Final = 0.5  # of the prefill pool's KV that may wait for a decode worker
 MIN_COMMIT_S: Final = 0.020
 MAX_COMMIT_S: Final = 0.150
@@ -282,14 +282,15 @@ class LeastSeconds:
     @staticmethod
     def _local_candidate(worker: Worker, request: Request, cached: int, alone_s: float, now: float) -> Candidate | None:
         """``alone_s``: seconds without decodes beside the prompt. None where they leave no useful chunk."""
+        spread = worker.pace.spread
         if not worker.decodes:
-            return Candidate(worker.free_at(now) + alone_s, worker.id, cached, alone_s)
+            return Candidate(worker.free_at(now) + alone_s, worker.id, cached, alone_s, error_s=spread * alone_s)
         beside = worker.beside(request.itl_s)
         if beside.tokens < MIN_LOCAL_CHUNK:
             return None
         seconds = worker.prompt_s(request.length - cached, cached, request.itl_s)
         begin = worker.free_at(now) if worker.prefills else now + beside.load_s / 2
-        return Candidate(begin + seconds, worker.id, cached, seconds)
+        return Candidate(begin + seconds, worker.id, cached, seconds, error_s=spread * seconds)
 
     @staticmethod
     def _prompt_s(worker: Worker, request: Request, stairs: list[Stair]) -> float:
@@ -329,7 +330,7 @@ class LeastSeconds:
 
     @staticmethod
     def _in_time(request: Request, local: Candidate, now: float) -> bool:
-        return now + LOCAL_MARGIN * (local.finish - now) <= request.deadline
+        return now + LOCAL_MARGIN * (local.finish - now) + local.error_s <= request.deadline
 
     @staticmethod
     def _local(local: Candidate, other: str, now: float) -> Placement:

@@ -80,9 +80,9 @@ def test_a_local_worker_that_is_earlier_needs_time_in_hand() -> None:
     view = cell("prefill", "decode")
     busy(view, 0, 0.019)
     first_s = prompts(view, ask())[1, "local"].first_s
-    tight = ask(deadline=NOW + 1.2 * first_s)
+    tight = ask(deadline=NOW + 1.04 * first_s)
     assert prompts(view, tight)[1, "local"].why_not == ex.MARGIN
-    assert prompts(view, ask(deadline=NOW + 1.3 * first_s))[1, "local"].why_not == ""
+    assert prompts(view, ask(deadline=NOW + 1.06 * first_s))[1, "local"].why_not == ""
     answer = LeastSeconds().on_room(tight, view, NOW)
     assert not isinstance(answer, Placement) or answer.path == "split"
 
