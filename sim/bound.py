@@ -17,22 +17,23 @@ a server are bounded from below (bound_misses.py). Requests that miss on an idle
 other computes a prompt chunk by chunk, miss in any case. Up to ``EXACT`` requests the relaxed problem is solved
 exactly; above, the larger of the bounds ``by_size`` and ``by_interval`` is used for each kind of workers.
 
-Speed-up divides all arrivals. Where a set can be served at some speed it can at any lower one, memory apart: the work
-of an interval then has a longer one. So a speed at which the bound is under the target bounds the capacity, and
-bisection is sound even where the bound itself is not monotone. Limited memory may weigh more at a lower speed, at which
-blocks are wanted later: above what bisection found with it the bound is looked at again at ``LOOKS`` speeds, up to what
-it is without, and the highest that passes counts. What is left out makes the bound loose, never wrong: what an eviction
-rule cannot know, links, latencies, batches that are never as full, steps cut short for the ITL.
+Speed-up divides all arrivals. Leave out limited memory, count context as at an infinite speed (bound_context.py), and
+let decode work begin at the arrival: then a set that can be served at some speed can be at any lower one, since the
+pieces of an interval, from the first of their arrivals to the last due time, have a longer one there. So if the bound
+is under the target at some speed it is at all above, and bisection finds one. From there downwards a range of speeds is
+ruled out at a time. If a set is served at a speed ``v`` between ``low`` and ``high``, the same schedule ``v / low``
+times as slow has requests arrive as at ``low`` and does each piece between its release there and ``high / low`` times
+its limit after the arrival; so where a server fails to do that, with context and time in memory counted as at ``high``,
+the bound is under the target in all of the range. Ranges get shorter where they are not ruled out, down to
+``TOLERANCE``. What is left out makes the bound loose, never wrong: what an eviction rule cannot know, links, latencies,
+batches that are never as full, steps cut short for the ITL.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
-
-import numpy as np
+from dataclasses import dataclass
 
 from twinpool.cost import Cost
 from twinpool.errors import ConfigError
@@ -46,7 +47,7 @@ from twinpool.sim.trace import Trace
 ROLE_CHANGES = ("prefill", "decode", "both")
 TOLERANCE = 0.005
 STRIDE = 4.0  # between speeds while there is no bracket
-LOOKS = 8
+FIRST = 1.05  # range of speeds that is ruled out at a time, at first
 RANGE = 1e6  # times or parts of the first guess within which a bracket is looked for
 
 
@@ -71,7 +72,7 @@ def bound(trace: Trace, settings: Settings, speed: float = 1.0) -> Bound:
 def bound_capacity(trace: Trace, settings: Settings, target: float = 0.99) -> float:
     """Speed-up from which on no policy meets both SLOs for ``target`` of the offered requests.
 
-    At most 0.5 % above the largest speed at which the bound allows it. 0.0: at no speed; inf: at any, as far as this
+    About 0.5 % above the largest speed at which the bound allows it. 0.0: at no speed; inf: at any, as far as this
     bound knows. Raises ConfigError as ``bound`` does, and on a target outside 0 to 1.
     """
     return capacity_of(offer_of(trace, settings), target)
@@ -96,7 +97,7 @@ def bound_of(made: Offer, speed: float) -> Bound:
     if not 0.0 < speed < math.inf:
         raise ConfigError(f"a speed of {speed:g} is no traffic: give a factor above 0")
     n = len(made.arrival)
-    misses = _misses(made, speed, None)
+    misses = _misses(made.until(speed), speed, None)
     return Bound(1.0 - misses / n, misses, made.hopeless, n <= EXACT)
 
 
@@ -105,16 +106,20 @@ def capacity_of(made: Offer, target: float) -> float:
     if not 0.0 < target <= 1.0:
         raise ConfigError(f"a target of {target:g} is not a share: give one above 0 and up to 1")
     allowed = _allowed(len(made.arrival), target)
-    endless = replace(made, memory=math.inf)
-    highest = _bisect(lambda speed: _misses(endless, speed, allowed) > allowed, _start(made))
-    if not 0.0 < highest < math.inf or _misses(made, highest / (1.0 + TOLERANCE), allowed) <= allowed:
-        return highest
-    found = _bisect(lambda speed: _misses(made, speed, allowed) > allowed, highest)
-    looks = np.geomspace(max(found, highest / RANGE), highest, LOOKS + 1)[::-1].tolist()
-    for above, speed in pairwise(looks):
-        if _misses(made, speed, allowed) <= allowed:
-            return float(above)
-    return found
+    rising = made.rising()
+    high = _bisect(lambda speed: _misses(rising, speed, allowed) > allowed, _start(made))
+    if not 0.0 < high < math.inf:
+        return high
+    least, ratio, grows = high / RANGE, FIRST, True
+    while ratio > 1.0 + TOLERANCE / 2.0:
+        if _misses(made.until(high), high / ratio, allowed, ratio) > allowed:
+            high /= ratio
+            ratio = min(STRIDE, ratio * ratio) if grows else ratio
+            if high < least:
+                return 0.0
+        else:
+            ratio, grows = math.sqrt(ratio), False
+    return high
 
 
 def _allowed(n: int, target: float) -> int:
@@ -125,16 +130,16 @@ def _allowed(n: int, target: float) -> int:
     return misses
 
 
-def _misses(made: Offer, speed: float, allowed: int | None) -> int:
-    """Misses at a speed; above ``allowed`` it does not matter how many."""
+def _misses(made: Offer, speed: float, allowed: int | None, stretch: float = 1.0) -> int:
+    """Misses at all speeds from ``speed`` to ``stretch`` times it; above ``allowed`` it does not matter how many."""
     arrival = made.arrival / speed
     demands = [demand for demand in made.demands if len(demand.owner)]
     enough = None if allowed is None else allowed - made.hopeless
-    most = exact([demand.at(arrival) for demand in demands]) if len(arrival) <= EXACT else 0
+    most = exact([demand.at(arrival, stretch) for demand in demands]) if len(arrival) <= EXACT else 0
     for demand in demands:
-        pairs = made.pairs(demand, arrival)
+        pairs = made.pairs(demand, arrival, stretch)
         if (enough is None or most <= enough) and (pairs or len(arrival) > EXACT):
-            most = max(most, least_misses(demand.at(arrival), enough, pairs))
+            most = max(most, least_misses(demand.at(arrival, stretch), enough, pairs))
     return made.hopeless + most
 
 

@@ -19,7 +19,7 @@ Both are counted in seconds of one step after another (bound_cost.py), divided b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from twinpool.cost import Cost
 from twinpool.errors import ConfigError
 from twinpool.router.pool import UNLOADED_CHUNK
 from twinpool.sim.bound_cache import Reuse, reuse_of
+from twinpool.sim.bound_context import Contexts, contexts_of
 from twinpool.sim.bound_cost import Amounts, Engine, Shape
 from twinpool.sim.bound_lines import Floats
 from twinpool.sim.bound_misses import Ints, Jobs, Pairs
@@ -67,11 +68,10 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Uncached:
-    """Columns, one entry a request: what must be computed for it at least, and what it has for itself."""
+    """Columns, one entry a request: what must be computed for it at least."""
 
     tokens: Floats
     places: Floats  # sum of position + 1/2 over these tokens
-    alone: Floats  # prompt tokens in no block of another request
     sharers: Floats  # requests that may compute some of them: itself, and all with the first block it brings
 
 
@@ -85,10 +85,52 @@ class Demand:
     seconds: Floats
     token_s: float = 0.0  # of a prompt token that is computed once more
 
-    def at(self, arrival: Floats) -> Jobs:
-        """The pieces with the requests arriving at ``arrival``."""
+    def at(self, arrival: Floats, stretch: float = 1.0) -> Jobs:
+        """The pieces with the requests arriving at ``arrival``, due ``stretch`` times as long after."""
         when = arrival[self.owner]
-        return Jobs(self.owner, when + self.start, when + self.end, self.seconds)
+        return Jobs(self.owner, when + self.start, when + stretch * self.end, self.seconds)
+
+
+Span = tuple[Ints, Floats, Floats]  # owner, start, end
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What demands are made of. Columns, one entry for each request that may be served."""
+
+    shape: Shape
+    fleet: Fleet
+    amounts: Amounts  # ``alones`` without the prompt: that depends on the speed
+    contexts: Contexts
+    prefill: Span
+    decode: Span
+
+    def demands(self, arrival: Floats) -> list[Demand]:
+        """On all workers (what presses most comes first), on those that may prefill, on those that may decode: right
+        where requests arrive at ``arrival`` or further apart."""
+        owner, _, window = self.decode
+        steps = self.amounts.sequences
+        alones = self.amounts.alones + steps * self.contexts.counted(arrival[owner], window, steps)
+        need, fleet = replace(self.amounts, alones=alones), self.fleet
+        first, second = fleet.prefill + fleet.both, fleet.decode + fleet.both
+        prompts = self.shape.prefill(need)
+        demands = [
+            _demand(self.prefill, prompts.prefill, first, prompts.token),
+            _demand(self.decode, self.shape.decode(need).decode, second),
+        ]
+        if fleet.both:
+            work = self.shape.mixed(need)
+            seconds = ((self.prefill, work.prefill), (self.decode, work.decode))
+            parts = [_demand(span, some, fleet.workers) for span, some in seconds]
+            columns = zip(*[(part.owner, part.start, part.end, part.seconds) for part in parts], strict=True)
+            demands.insert(0, Demand(*[np.concatenate(pair) for pair in columns], work.token / fleet.workers))
+        return demands
+
+
+def _demand(span: Span, seconds: Floats, workers: int, token_s: float = 0.0) -> Demand:
+    owner, start, end = span
+    some = seconds > 0.0
+    return Demand(owner[some], start[some], end[some], seconds[some] / workers, token_s / workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +143,23 @@ class Offer:
     limit: Floats  # of the first token, seconds after the arrival
     reuse: Reuse
     memory: float  # KV tokens of all workers; inf: unknown
+    needs: Needs
 
-    def pairs(self, demand: Demand, arrival: Floats) -> Pairs | None:
+    def pairs(self, demand: Demand, arrival: Floats, stretch: float = 1.0) -> Pairs | None:
         """What has to be computed once more since memory is limited."""
         if not (demand.token_s and self.memory < math.inf):
             return None
-        return self.reuse.pairs(arrival, self.limit, self.memory, demand.token_s)
+        return self.reuse.pairs(arrival, self.limit, self.memory, demand.token_s, stretch)
+
+    def until(self, speed: float) -> Offer:
+        """The same with demands that are right at speeds up to this one; those it is made with are at any."""
+        return replace(self, demands=self.needs.demands(self.arrival / speed))
+
+    def rising(self) -> Offer:
+        """What is left of it of which no more can be served at a higher speed: all work from the arrival on, all memory
+        there may be."""
+        demands = [replace(demand, start=np.zeros_like(demand.start)) for demand in self.demands]
+        return replace(self, demands=demands, memory=math.inf)
 
 
 def least_uncached(trace: Trace) -> Uncached:
@@ -118,17 +171,16 @@ def least_uncached(trace: Trace) -> Uncached:
     behind = full * float(size)
     tokens = prompt - behind
     places = tokens * (behind + prompt) / 2.0
-    alone, sharers = tokens.copy(), np.ones(len(trace))
+    sharers = np.ones(len(trace))
     if len(trace.hashes):
         _, first, counts = np.unique(np.asarray(trace.hashes), return_index=True, return_counts=True)
         owner = np.searchsorted(offsets, first, side="right") - 1
         index = first - offsets[owner]
         tokens += np.bincount(owner, minlength=len(trace)) * float(size)
         places += np.bincount(owner, (index + 0.5) * size * size, minlength=len(trace))
-        alone += np.bincount(owner[counts == 1], minlength=len(trace)) * float(size)
         np.maximum.at(sharers, owner, counts.astype(np.float64))
     nothing = tokens < 1.0
-    return Uncached(np.where(nothing, 1.0, tokens), np.where(nothing, prompt - 0.5, places), alone, sharers)
+    return Uncached(np.where(nothing, 1.0, tokens), np.where(nothing, prompt - 0.5, places), sharers)
 
 
 def offer(trace: Trace, cost: Cost, fleet: Fleet, slo: Slo) -> Offer:
@@ -152,51 +204,26 @@ def offer(trace: Trace, cost: Cost, fleet: Fleet, slo: Slo) -> Offer:
     if trace.after is not None:
         open_loop = np.asarray(trace.after) == NO_REQUEST
     owner = np.flatnonzero(open_loop & ~hopeless)
-    need = _amounts(prompt, output, uncached, owner)
+    amounts = _amounts(prompt, output, uncached, owner)
     end = limit[owner]
     prefill = (owner, np.zeros(len(owner)), end)
-    decode = (owner, np.minimum(latency[owner], end), end + need.sequences * slo.itl_s)
-    demands = _demands(shape, fleet, need, prefill, decode)
+    decode = (owner, np.minimum(latency[owner], end), end + amounts.sequences * slo.itl_s)
+    needs = Needs(shape, fleet, amounts, contexts_of(trace, owner), prefill, decode)
     memory = fleet.workers * fleet.engine.kv_tokens or math.inf
     arrival = np.asarray(trace.arrival, dtype=np.float64)
-    return Offer(arrival, int(hopeless.sum()), demands, limit, reuse_of(trace, owner), memory)
-
-
-Span = tuple[Ints, Floats, Floats]  # owner, start, end
-
-
-def _demands(shape: Shape, fleet: Fleet, need: Amounts, prefill: Span, decode: Span) -> list[Demand]:
-    """On all workers (what presses most comes first), on those that may prefill, on those that may decode."""
-    first, second = fleet.prefill + fleet.both, fleet.decode + fleet.both
-    prompts = shape.prefill(need)
-    demands = [
-        _demand(prefill, prompts.prefill, first, prompts.token),
-        _demand(decode, shape.decode(need).decode, second),
-    ]
-    if fleet.both:
-        work = shape.mixed(need)
-        parts = [_demand(prefill, work.prefill, fleet.workers), _demand(decode, work.decode, fleet.workers)]
-        columns = zip(*[(part.owner, part.start, part.end, part.seconds) for part in parts], strict=True)
-        owner, start, end, seconds = [np.concatenate(pair) for pair in columns]
-        demands.insert(0, Demand(owner, start, end, seconds, work.token / fleet.workers))
-    return demands
-
-
-def _demand(span: Span, seconds: Floats, workers: int, token_s: float = 0.0) -> Demand:
-    owner, start, end = span
-    some = seconds > 0.0
-    return Demand(owner[some], start[some], end[some], seconds[some] / workers, token_s / workers)
+    demands = needs.demands(np.zeros_like(arrival))
+    return Offer(arrival, int(hopeless.sum()), demands, limit, reuse_of(trace, owner), memory, needs)
 
 
 def _amounts(prompt: Floats, output: Floats, uncached: Uncached, owner: Ints) -> Amounts:
     """Of the requests ``owner``. Decode step ``j`` reads the prompt and at least ``j - 1`` tokens more."""
     steps = output[owner] - 1.0
     grown = steps * (steps - 1.0) / 2.0
-    contexts, alones = steps * prompt[owner] + grown, steps * uncached.alone[owner] + grown
+    contexts = steps * prompt[owner] + grown
     length, tokens, places, sharers = [
         column[owner] for column in (prompt, uncached.tokens, uncached.places, uncached.sharers)
     ]
-    return Amounts(length, tokens, places, sharers, steps, contexts, alones)
+    return Amounts(length, tokens, places, sharers, steps, contexts, grown)
 
 
 def _unloaded(trace: Trace, cost: Cost) -> Floats:

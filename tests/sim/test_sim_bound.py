@@ -18,6 +18,7 @@ from twinpool.router.policy.registry import policy_names
 from twinpool.router.pool import UNLOADED_CHUNK
 from twinpool.sim.bound import bound, bound_capacity, bound_of, capacity_of, offer_of
 from twinpool.sim.bound_cache import Reuse, reuse_of
+from twinpool.sim.bound_context import contexts_of
 from twinpool.sim.bound_cost import Amounts, Engine, Shape, Totals
 from twinpool.sim.bound_lines import line_below
 from twinpool.sim.bound_misses import unfinished
@@ -65,7 +66,6 @@ def test_every_block_is_counted_once_for_whoever_brings_it() -> None:
     uncached = least_uncached(trace)
     assert uncached.tokens.tolist() == [40, 32, 1]  # of the third only its last token is sure to be computed
     assert uncached.places.tolist() == [40 * 20.0, 32 * (16 + 16.0), 31.5]
-    assert uncached.alone.tolist() == [8, 32, 0]
     assert uncached.sharers.tolist() == [3, 1, 1]
 
 
@@ -167,6 +167,59 @@ def test_little_memory_lowers_the_capacity() -> None:
     capacities = [bound_capacity(trace, replace(settings, kv_tokens=kv), 0.95) for kv in (400_000, 100_000, 5_000)]
     assert capacities[0] > 1.2 * capacities[1]
     assert capacities[1] > 1.2 * capacities[2]
+
+
+# --- context ------------------------------------------------------------------------------------------------------
+
+
+def most_counted(trace: Trace, window: list[float], steps: list[int]) -> float:
+    """Sum over blocks of the most decode steps of requests of which no two windows overlap: all choices tried."""
+    users: dict[int, list[int]] = {}
+    for i in range(len(trace)):
+        for block in trace.block_hashes(i):
+            users.setdefault(block, []).append(i)
+    total = 0
+    for sharing in users.values():
+        choices = [some for count in range(len(sharing) + 1) for some in combinations(sharing, count)]
+        apart = [
+            some for some in choices
+            if all(trace.arrival[i] + window[i] < trace.arrival[j] for i, j in combinations(some, 2))
+        ]  # fmt: skip
+        total += max(sum(steps[i] for i in some) for some in apart)
+    return float(total * trace.block_tokens)
+
+
+def test_no_step_counts_a_block_twice_and_none_could_count_more() -> None:
+    rng = random.Random(12)
+    shared = 0
+    for _ in range(100):
+        trace = random_trace(rng, rng.randint(2, 9), 2.0)
+        n = len(trace)
+        window, steps = [rng.choice((0.5, 1.0, 5.0, 20.0)) for _ in range(n)], [rng.randint(1, 9) for _ in range(n)]
+        contexts = contexts_of(trace, np.arange(n))
+        counted = contexts.counted(np.asarray(trace.arrival), np.array(window), np.array(steps, dtype=np.float64))
+        own = [trace.prompt[i] - 16 * len(trace.block_hashes(i)) for i in range(n)]
+        blocks = float(np.dot(counted - own, steps))
+        assert blocks == most_counted(trace, window, steps)
+        for speed in (1.0, 0.7, 0.1):  # in what is in memory at any time, at the speed and at lower ones
+            arrival = [at / speed for at in trace.arrival]
+            for now in arrival:
+                there = [i for i in range(n) if arrival[i] <= now <= arrival[i] + window[i]]
+                distinct = len({block for i in there for block in trace.block_hashes(i)})
+                assert sum(counted[i] for i in there) <= 16 * distinct + sum(own[i] for i in there)
+                shared += sum(16 * len(trace.block_hashes(i)) for i in there) > 16 * distinct
+        slower = contexts.counted(np.asarray(trace.arrival) / 0.1, np.array(window), np.array(steps, dtype=np.float64))
+        assert np.dot(slower - own, steps) >= blocks
+    assert shared > 300
+
+
+def test_a_block_is_counted_for_those_that_never_meet() -> None:
+    trace = trace_of([0.0, 1.0, 10.0], [40, 40, 70], [9, 9, 9], [[1, 2], [1, 2], [1, 2, 3, 4]])
+    counted = contexts_of(trace, np.arange(3)).counted
+    arrival, window = np.asarray(trace.arrival), np.full(3, 5.0)
+    assert counted(arrival, window, np.array([8.0, 9.0, 8.0])).tolist() == [8, 40, 70]
+    assert counted(arrival, window, np.array([9.0, 8.0, 8.0])).tolist() == [40, 8, 70]
+    assert counted(0.0 * arrival, window, np.array([9.0, 8.0, 8.0])).tolist() == [40, 8, 38]
 
 
 # --- cost ---------------------------------------------------------------------------------------------------------
@@ -319,6 +372,17 @@ def test_capacity_is_where_the_bound_meets_the_target() -> None:
     assert bound_capacity(trace, settings, 0.9) > found
     assert bound_capacity(trace, Settings(prefill=3, decode=3, closed_form=True), 0.97) > 1.3 * found
     assert bound_capacity(trace, Settings(prefill=2, decode=2), 0.97) == pytest.approx(found, rel=0.15)
+
+
+def test_no_speed_above_the_capacity_is_allowed() -> None:
+    chains = [[1000 * (i % 40) + k for k in range(250)] for i in range(300)]
+    trace = trace_of([0.2 * i for i in range(300)], [4000] * 300, [40] * 300, chains)
+    for kv_tokens in (400_000, 20_000):
+        settings = Settings(both=2, prefill=0, decode=0, closed_form=True, kv_tokens=kv_tokens)
+        found = bound_capacity(trace, settings, 0.97)
+        assert bound(trace, settings, found / 1.02).share >= 0.97
+        for times in (1.0, 1.01, 1.1, 1.5, 3.0, 100.0):
+            assert bound(trace, settings, found * times).share < 0.97
 
 
 def test_workers_without_a_role_do_not_help() -> None:
