@@ -25,22 +25,31 @@ ruled out at a time. If a set is served at a speed ``v`` between ``low`` and ``h
 times as slow has requests arrive as at ``low`` and does each piece between its release there and ``high / low`` times
 its limit after the arrival; so where a server fails to do that, with context and time in memory counted as at ``high``,
 the bound is under the target in all of the range. Ranges get shorter where they are not ruled out, down to
-``TOLERANCE``. What is left out makes the bound loose, never wrong: what an eviction rule cannot know, links, latencies,
-batches that are never as full, steps cut short for the ITL.
+``TOLERANCE``.
+
+Where a share of every tenth of prompt lengths is asked for, too, the policies are those that reach it: of each tenth no
+more of the requests outside ``S`` may be than that leaves, and sets that break this count as none (bound_misses.py).
+
+What is left out makes the bound loose, never wrong: what an eviction rule cannot know, links, latencies, batches that
+are never as full, steps cut short for the ITL.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from twinpool.cost import Cost
 from twinpool.errors import ConfigError
 from twinpool.sim.bound_cost import Engine
-from twinpool.sim.bound_misses import EXACT, exact, least_misses
+from twinpool.sim.bound_lines import Floats
+from twinpool.sim.bound_misses import EXACT, Caps, Ints, exact, least_misses
 from twinpool.sim.bound_work import Fleet, Offer, Slo, offer
 from twinpool.sim.profiles import load_profile
+from twinpool.sim.result import DECILES
 from twinpool.sim.settings import Settings
 from twinpool.sim.trace import Trace
 
@@ -61,21 +70,29 @@ class Bound:
     exact: bool  # the relaxed problem's optimum, not only a bound on it
 
 
-def bound(trace: Trace, settings: Settings, speed: float = 1.0) -> Bound:
+def bound(trace: Trace, settings: Settings, speed: float = 1.0, decile: float | None = None) -> Bound:
     """For the cluster, profile and SLOs of ``settings`` at a speed-up; its policy does not matter.
 
-    Raises ConfigError on an empty trace, an unknown profile or a speed that is not above 0.
+    ``decile``: of those only that meet both SLOs for this share of every tenth of prompt lengths (``deciles``); a share
+    of 0.0 where there is none. Raises ConfigError on an empty trace, an unknown profile, a speed that is not above 0 or
+    a share outside 0 to 1.
     """
-    return bound_of(offer_of(trace, settings), speed)
+    return bound_of(offer_of(trace, settings), speed, decile)
 
 
-def bound_capacity(trace: Trace, settings: Settings, target: float = 0.99) -> float:
+def bound_capacity(trace: Trace, settings: Settings, target: float = 0.99, decile: float | None = None) -> float:
     """Speed-up from which on no policy meets both SLOs for ``target`` of the offered requests.
 
-    About 0.5 % above the largest speed at which the bound allows it. 0.0: at no speed; inf: at any, as far as this
-    bound knows. Raises ConfigError as ``bound`` does, and on a target outside 0 to 1.
+    ``decile``: and for this share of every tenth of prompt lengths. About 0.5 % above the largest speed at which the
+    bound allows it. 0.0: at no speed; inf: at any, as far as this bound knows. Raises ConfigError as ``bound`` does,
+    and on a target outside 0 to 1.
     """
-    return capacity_of(offer_of(trace, settings), target)
+    return capacity_of(offer_of(trace, settings), target, decile)
+
+
+def deciles(prompt: Sequence[int] | Floats) -> list[Ints]:
+    """The requests of each tenth of prompt lengths, as ``attainment_by_decile`` of a summary has them (result.py)."""
+    return np.array_split(np.argsort(np.asarray(prompt), kind="stable"), DECILES)
 
 
 def offer_of(trace: Trace, settings: Settings) -> Offer:
@@ -92,27 +109,25 @@ def offer_of(trace: Trace, settings: Settings) -> Offer:
     return offer(trace, cost, fleet, Slo(settings.ttft_s - least_s, settings.ttft_factor, settings.itl_s))
 
 
-def bound_of(made: Offer, speed: float) -> Bound:
-    """Bound of an offer at a speed-up. Raises ConfigError where that is not above 0."""
+def bound_of(made: Offer, speed: float, decile: float | None = None) -> Bound:
+    """``bound`` of an offer."""
     if not 0.0 < speed < math.inf:
         raise ConfigError(f"a speed of {speed:g} is no traffic: give a factor above 0")
     n = len(made.arrival)
-    misses = _misses(made.until(speed), speed, None)
-    return Bound(1.0 - misses / n, misses, made.hopeless, n <= EXACT)
+    misses = min(n, _misses(made.until(speed), speed, None, _caps(made, decile)))
+    return Bound(1.0 - misses / n, misses, int(made.hopeless.sum()), n <= EXACT)
 
 
-def capacity_of(made: Offer, target: float) -> float:
+def capacity_of(made: Offer, target: float, decile: float | None = None) -> float:
     """``bound_capacity`` of an offer."""
-    if not 0.0 < target <= 1.0:
-        raise ConfigError(f"a target of {target:g} is not a share: give one above 0 and up to 1")
-    allowed = _allowed(len(made.arrival), target)
+    allowed, caps = _allowed(len(made.arrival), _share(target)), _caps(made, decile)
     rising = made.rising()
-    high = _bisect(lambda speed: _misses(rising, speed, allowed) > allowed, _start(made))
+    high = _bisect(lambda speed: _misses(rising, speed, allowed, caps) > allowed, _start(made))
     if not 0.0 < high < math.inf:
         return high
     least, ratio, grows = high / RANGE, FIRST, True
     while ratio > 1.0 + TOLERANCE / 2.0:
-        if _misses(made.until(high), high / ratio, allowed, ratio) > allowed:
+        if _misses(made.until(high), high / ratio, allowed, caps, ratio) > allowed:
             high /= ratio
             ratio = min(STRIDE, ratio * ratio) if grows else ratio
             if high < least:
@@ -120,6 +135,24 @@ def capacity_of(made: Offer, target: float) -> float:
         else:
             ratio, grows = math.sqrt(ratio), False
     return high
+
+
+def _share(target: float) -> float:
+    if not 0.0 < target <= 1.0:
+        raise ConfigError(f"a target of {target:g} is not a share: give one above 0 and up to 1")
+    return target
+
+
+def _caps(made: Offer, decile: float | None) -> Caps | None:
+    """How many may miss of each tenth of prompt lengths, beside the hopeless; negative where these are too many."""
+    if decile is None:
+        return None
+    members = deciles(made.prompt)
+    group = np.empty(len(made.prompt), dtype=np.int64)
+    for which, some in enumerate(members):
+        group[some] = which
+    most = [_allowed(len(some), _share(decile)) - int(made.hopeless[some].sum()) for some in members]
+    return Caps(group, np.array(most, dtype=np.int64))
 
 
 def _allowed(n: int, target: float) -> int:
@@ -130,17 +163,22 @@ def _allowed(n: int, target: float) -> int:
     return misses
 
 
-def _misses(made: Offer, speed: float, allowed: int | None, stretch: float = 1.0) -> int:
-    """Misses at all speeds from ``speed`` to ``stretch`` times it; above ``allowed`` it does not matter how many."""
-    arrival = made.arrival / speed
+def _misses(made: Offer, speed: float, allowed: int | None, caps: Caps | None, stretch: float = 1.0) -> int:
+    """Misses at all speeds from ``speed`` to ``stretch`` times it; above ``allowed`` it does not matter how many.
+
+    More than there are requests where ``caps`` cannot be kept.
+    """
+    arrival, hopeless = made.arrival / speed, int(made.hopeless.sum())
+    if caps is not None and caps.most.min() < 0:
+        return len(arrival) + 1
     demands = [demand for demand in made.demands if len(demand.owner)]
-    enough = None if allowed is None else allowed - made.hopeless
-    most = exact([demand.at(arrival, stretch) for demand in demands]) if len(arrival) <= EXACT else 0
+    enough = None if allowed is None else allowed - hopeless
+    most = exact([demand.at(arrival, stretch) for demand in demands], caps) if len(arrival) <= EXACT else 0
     for demand in demands:
         pairs = made.pairs(demand, arrival, stretch)
         if (enough is None or most <= enough) and (pairs or len(arrival) > EXACT):
-            most = max(most, least_misses(demand.at(arrival, stretch), enough, pairs))
-    return made.hopeless + most
+            most = max(most, least_misses(demand.at(arrival, stretch), enough, pairs, caps))
+    return hopeless + most
 
 
 def _start(made: Offer) -> float:

@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from twinpool.cost import Cost
 from twinpool.errors import ConfigError
@@ -135,10 +136,11 @@ def _demand(span: Span, seconds: Floats, workers: int, token_s: float = 0.0) -> 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A trace as the bound sees it. ``hopeless``: requests that miss on an idle cluster."""
+    """A trace as the bound sees it."""
 
     arrival: Floats
-    hopeless: int
+    prompt: Floats
+    hopeless: NDArray[np.bool_]  # requests that miss on an idle cluster
     demands: list[Demand]
     limit: Floats  # of the first token, seconds after the arrival
     reuse: Reuse
@@ -212,7 +214,7 @@ def offer(trace: Trace, cost: Cost, fleet: Fleet, slo: Slo) -> Offer:
     memory = fleet.workers * fleet.engine.kv_tokens or math.inf
     arrival = np.asarray(trace.arrival, dtype=np.float64)
     demands = needs.demands(np.zeros_like(arrival))
-    return Offer(arrival, int(hopeless.sum()), demands, limit, reuse_of(trace, owner), memory, needs)
+    return Offer(arrival, prompt, hopeless, demands, limit, reuse_of(trace, owner), memory, needs)
 
 
 def _amounts(prompt: Floats, output: Floats, uncached: Uncached, owner: Ints) -> Amounts:

@@ -16,7 +16,7 @@ from twinpool.cost import LLAMA_8B_H100_TP1, LLAMA_70B_H100_TP4, Cost, StepCost
 from twinpool.errors import ConfigError
 from twinpool.router.policy.registry import policy_names
 from twinpool.router.pool import UNLOADED_CHUNK
-from twinpool.sim.bound import bound, bound_capacity, bound_of, capacity_of, offer_of
+from twinpool.sim.bound import bound, bound_capacity, bound_of, capacity_of, deciles, offer_of
 from twinpool.sim.bound_cache import Reuse, reuse_of
 from twinpool.sim.bound_context import contexts_of
 from twinpool.sim.bound_cost import Amounts, Engine, Shape, Totals
@@ -298,6 +298,11 @@ def test_floors_are_near_what_a_prefill_pool_takes(cost: Cost) -> None:
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
+def worst_decile(trace: Trace, met: set[int]) -> float:
+    """Share of the tenth of prompt lengths of which the smallest share met its limits."""
+    return min(len(met.intersection(some.tolist())) / len(some) for some in deciles(trace.prompt) if len(some))
+
+
 def contest(instances: int, seed: int) -> tuple[int, int]:
     """Random instances on random clusters; (misses of the bound, misses of the policies), never the other way round."""
     rng = random.Random(seed)
@@ -310,10 +315,13 @@ def contest(instances: int, seed: int) -> tuple[int, int]:
         slo = Slo(rng.choice((0.3, 1.0)), rng.choice((0.0, 2.0)), rng.choice((0.08, 0.15, 0.4)))
         if engine.kv_tokens and max(p + o for p, o in zip(trace.prompt, trace.output, strict=True)) > engine.kv_tokens:
             continue
-        least = bound_of(offer(trace, SLOW, fleet, slo), 1.0).misses
+        made = offer(trace, SLOW, fleet, slo)
+        least = bound_of(made, 1.0).misses
         unloaded = [SLOW.prefill(tokens, 0, UNLOADED_CHUNK) for tokens in trace.prompt]
         met = SmallCluster(trace, SLOW, fleet, rng).run(slo, unloaded)
         assert len(trace) - len(met) >= least
+        worst = worst_decile(trace, met)
+        assert worst == 0.0 or least <= bound_of(made, 1.0, worst).misses <= len(trace) - len(met)
         totals[0] += least
         totals[1] += len(trace) - len(met)
     return totals[0], totals[1]
@@ -343,8 +351,10 @@ def race(instances: int, seed: int) -> None:
             ttft_s=rng.choice((0.03, 0.1, 0.5)), ttft_factor=rng.choice((0.0, 1.0, 2.0)),
             itl_s=rng.choice((0.017, 0.025, 0.05)),
         )  # fmt: skip
-        missed = int((~replay(trace, settings).columns.attained()).sum())
-        assert bound(trace, settings).misses <= missed, settings
+        met = set(np.flatnonzero(replay(trace, settings).columns.attained()).tolist())
+        missed, least, worst = len(trace) - len(met), bound(trace, settings).misses, worst_decile(trace, met)
+        assert least <= missed, settings
+        assert worst == 0.0 or least <= bound(trace, settings, 1.0, worst).misses <= missed, settings
 
 
 def test_no_policy_beats_it_in_the_simulator() -> None:
@@ -372,6 +382,36 @@ def test_capacity_is_where_the_bound_meets_the_target() -> None:
     assert bound_capacity(trace, settings, 0.9) > found
     assert bound_capacity(trace, Settings(prefill=3, decode=3, closed_form=True), 0.97) > 1.3 * found
     assert bound_capacity(trace, Settings(prefill=2, decode=2), 0.97) == pytest.approx(found, rel=0.15)
+
+
+def test_deciles_are_those_of_a_summary() -> None:
+    for n in (7, 10, 123):
+        trace = steady(n, 60.0)
+        result = replay(trace, Settings(prefill=1, decode=1, policy="round_robin"))
+        attained = result.columns.attained()
+        shares = [float(attained[some].mean()) if len(some) else None for some in deciles(trace.prompt)]
+        assert result.figures()["attainment_by_decile"] == shares
+        assert n < 123 or min(share for share in shares if share is not None) < 1.0
+
+
+def test_asking_for_every_decile_lowers_the_bound() -> None:
+    trace, settings = steady(1000, 5.0), Settings(prefill=0, decode=0, both=4, closed_form=True)
+    plain = bound_capacity(trace, settings, 0.95)
+    found = [bound_capacity(trace, settings, 0.95, share) for share in (0.01, 0.8, 0.9, 0.95)]
+    assert found[0] == plain
+    assert plain > 1.01 * found[2] > 1.01 * found[3]
+    assert found == sorted(found, reverse=True)
+    assert bound(trace, settings, found[3], 0.95).misses > 50 >= bound(trace, settings, found[3]).misses
+    nobody = bound(trace, settings, 30.0, 0.9)
+    assert (nobody.share, nobody.misses) == (0.0, 1000)
+
+
+def test_hopeless_requests_count_in_their_decile() -> None:
+    trace = trace_of([0.0] * 20, [100] * 19 + [500_000], [1] * 20)
+    settings = Settings(prefill=1, decode=1, closed_form=True)
+    assert bound(trace, settings).misses == bound(trace, settings, 1.0, 0.5).misses == 1
+    assert bound(trace, settings, 1.0, 0.51).misses == 20
+    assert bound_capacity(trace, settings, 0.9, 0.51) == 0.0
 
 
 def test_no_speed_above_the_capacity_is_allowed() -> None:
@@ -435,6 +475,8 @@ def test_bad_input_is_refused() -> None:
         bound(trace_of([], [], []), settings)
     with pytest.raises(ConfigError, match="target"):
         bound_capacity(trace, settings, 1.5)
+    with pytest.raises(ConfigError, match="target"):
+        bound(trace, settings, 1.0, 0.0)
     with pytest.raises(ConfigError, match="speed"):
         bound(trace, settings, 0.0)
     with pytest.raises(ConfigError, match="may decode"):
