@@ -30,6 +30,11 @@ the bound is under the target in all of the range. Ranges get shorter where they
 Where a share of every tenth of prompt lengths is asked for, too, the policies are those that reach it: of each tenth no
 more of the requests outside ``S`` may be than that leaves, and sets that break this count as none (bound_misses.py).
 
+``cached`` makes it another bound: of those that find in caches no more tokens of each request than so many, such as
+some real run found. It is none on all policies: one that keeps other blocks, or sends requests elsewhere, may be better
+(and what a run refused it never looked for, so has as 0). From this bound to the other is what knowing who comes back
+can give at most; from the run to this one, what is left to scheduling.
+
 What is left out makes the bound loose, never wrong: what an eviction rule cannot know, links, latencies, batches that
 are never as full, steps cut short for the ITL.
 """
@@ -70,24 +75,40 @@ class Bound:
     exact: bool  # the relaxed problem's optimum, not only a bound on it
 
 
-def bound(trace: Trace, settings: Settings, speed: float = 1.0, decile: float | None = None) -> Bound:
+Tokens = Sequence[int] | Ints  # one entry a request
+
+
+def bound(
+    trace: Trace,
+    settings: Settings,
+    speed: float = 1.0,
+    decile: float | None = None,
+    cached: Tokens | None = None,
+) -> Bound:
     """For the cluster, profile and SLOs of ``settings`` at a speed-up; its policy does not matter.
 
     ``decile``: of those only that meet both SLOs for this share of every tenth of prompt lengths (``deciles``); a share
-    of 0.0 where there is none. Raises ConfigError on an empty trace, an unknown profile, a speed that is not above 0 or
-    a share outside 0 to 1.
+    of 0.0 where there is none. ``cached``: of those only that find no more tokens of each prompt in caches than this.
+    Raises ConfigError on an empty trace, an unknown profile, a speed that is not above 0, a share outside 0 to 1 or
+    cached tokens that are not of these prompts.
     """
-    return bound_of(offer_of(trace, settings), speed, decile)
+    return bound_of(offer_of(trace, settings, cached), speed, decile)
 
 
-def bound_capacity(trace: Trace, settings: Settings, target: float = 0.99, decile: float | None = None) -> float:
+def bound_capacity(
+    trace: Trace,
+    settings: Settings,
+    target: float = 0.99,
+    decile: float | None = None,
+    cached: Tokens | None = None,
+) -> float:
     """Speed-up from which on no policy meets both SLOs for ``target`` of the offered requests.
 
-    ``decile``: and for this share of every tenth of prompt lengths. About 0.5 % above the largest speed at which the
-    bound allows it. 0.0: at no speed; inf: at any, as far as this bound knows. Raises ConfigError as ``bound`` does,
-    and on a target outside 0 to 1.
+    ``decile``: and for this share of every tenth of prompt lengths. ``cached``: of the policies that find no more than
+    this in caches, as in ``bound``. About 0.5 % above the largest speed at which the bound allows it. 0.0: at no speed;
+    inf: at any, as far as this bound knows. Raises ConfigError as ``bound`` does, and on a target outside 0 to 1.
     """
-    return capacity_of(offer_of(trace, settings), target, decile)
+    return capacity_of(offer_of(trace, settings, cached), target, decile)
 
 
 def deciles(prompt: Sequence[int] | Floats) -> list[Ints]:
@@ -95,7 +116,7 @@ def deciles(prompt: Sequence[int] | Floats) -> list[Ints]:
     return np.array_split(np.argsort(np.asarray(prompt), kind="stable"), DECILES)
 
 
-def offer_of(trace: Trace, settings: Settings) -> Offer:
+def offer_of(trace: Trace, settings: Settings, cached: Tokens | None = None) -> Offer:
     """What the trace asks of the cluster of ``settings``. Workers whose roles are changed may do everything."""
     profile = load_profile(settings.profile)
     cost: Cost = profile.fit if settings.closed_form else profile.cost
@@ -106,7 +127,8 @@ def offer_of(trace: Trace, settings: Settings) -> Offer:
     prefill = 0 if moves else settings.prefill
     fleet = Fleet(prefill=prefill, both=settings.workers - prefill, engine=engine)
     least_s = settings.edge_s + min(settings.edge_spread_s, default=0.0)
-    return offer(trace, cost, fleet, Slo(settings.ttft_s - least_s, settings.ttft_factor, settings.itl_s))
+    slo = Slo(settings.ttft_s - least_s, settings.ttft_factor, settings.itl_s)
+    return offer(trace, cost, fleet, slo, cached)
 
 
 def bound_of(made: Offer, speed: float, decile: float | None = None) -> Bound:

@@ -6,7 +6,8 @@ set of requests that are served this is no more than what must be computed for t
 arrival and first-token deadline of the request it is counted for: a block nobody has asked for before cannot be there
 earlier, if that request is served it is there in time, and no token is counted for two requests. So the counts of a
 served set add up, even if requests that bring blocks to others are themselves never served. What limited memory adds
-is in bound_cache.py.
+is in bound_cache.py. Whoever finds no more in caches than so many tokens of each request computes the rest of each for
+that request alone (``uncached_of``), between the same times.
 
 Decoding: every token after the first takes a step with the request in its batch and at least its prompt as context
 (a token drawn by the prompt of a resumed attempt is left out: no loss is a policy's choice). Gaps add up to at most
@@ -19,6 +20,7 @@ Both are counted in seconds of one step after another (bound_cost.py), divided b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -185,15 +187,28 @@ def least_uncached(trace: Trace) -> Uncached:
     return Uncached(np.where(nothing, 1.0, tokens), np.where(nothing, prompt - 0.5, places), sharers)
 
 
-def offer(trace: Trace, cost: Cost, fleet: Fleet, slo: Slo) -> Offer:
+def uncached_of(trace: Trace, cached: Sequence[int] | Ints) -> Uncached:
+    """Each request computes for itself what follows ``cached`` tokens of its prompt; the last token in any case.
+
+    Raises ConfigError where these are no parts of the prompts.
+    """
+    prompt, found = np.asarray(trace.prompt, dtype=np.float64), np.asarray(cached, dtype=np.float64)
+    if found.shape != prompt.shape or not ((found >= 0.0) & (found <= prompt)).all():
+        raise ConfigError("cached tokens must be given for each request, from 0 to all of its prompt")
+    tokens = np.maximum(1.0, prompt - found)
+    return Uncached(tokens, tokens * (prompt - tokens / 2.0), np.ones(len(trace)))
+
+
+def offer(trace: Trace, cost: Cost, fleet: Fleet, slo: Slo, cached: Sequence[int] | Ints | None = None) -> Offer:
     """The least work of every request whose arrival does not depend on others, for each kind of workers.
 
-    A request of a closed loop that follows another may come at any time; it counts only where it is hopeless. Raises
-    ConfigError on an empty trace.
+    A request of a closed loop that follows another may come at any time; it counts only where it is hopeless.
+    ``cached``: tokens of each prompt that are found in caches at most; None: all that can be. Raises ConfigError on an
+    empty trace, or where ``cached`` does not fit it.
     """
     if not len(trace):
         raise ConfigError("the trace has no requests: nothing to bound")
-    uncached = least_uncached(trace)
+    uncached = least_uncached(trace) if cached is None else uncached_of(trace, cached)
     prompt, output = (np.asarray(column, dtype=np.float64) for column in (trace.prompt, trace.output))
     limit = slo.ttft_s + slo.ttft_factor * _unloaded(trace, cost)
     shape = Shape(cost, fleet.engine, int((prompt + output).max(initial=1.0)))
@@ -212,6 +227,8 @@ def offer(trace: Trace, cost: Cost, fleet: Fleet, slo: Slo) -> Offer:
     decode = (owner, np.minimum(latency[owner], end), end + amounts.sequences * slo.itl_s)
     needs = Needs(shape, fleet, amounts, contexts_of(trace, owner), prefill, decode)
     memory = fleet.workers * fleet.engine.kv_tokens or math.inf
+    if cached is not None:
+        memory = math.inf  # what leaves it and is computed again is in what is not found
     arrival = np.asarray(trace.arrival, dtype=np.float64)
     demands = needs.demands(np.zeros_like(arrival))
     return Offer(arrival, prompt, hopeless, demands, limit, reuse_of(trace, owner), memory, needs)

@@ -22,7 +22,7 @@ from twinpool.sim.bound_context import contexts_of
 from twinpool.sim.bound_cost import Amounts, Engine, Shape, Totals
 from twinpool.sim.bound_lines import line_below
 from twinpool.sim.bound_misses import unfinished
-from twinpool.sim.bound_work import Fleet, Slo, least_uncached, offer
+from twinpool.sim.bound_work import Fleet, Slo, least_uncached, offer, uncached_of
 from twinpool.sim.profiles import load_profile
 from twinpool.sim.replay import replay
 from twinpool.sim.settings import Failure, Settings
@@ -67,6 +67,17 @@ def test_every_block_is_counted_once_for_whoever_brings_it() -> None:
     assert uncached.tokens.tolist() == [40, 32, 1]  # of the third only its last token is sure to be computed
     assert uncached.places.tolist() == [40 * 20.0, 32 * (16 + 16.0), 31.5]
     assert uncached.sharers.tolist() == [3, 1, 1]
+
+
+def test_what_is_not_found_in_caches_is_computed_for_its_own_request() -> None:
+    trace = trace_of([0.0, 1.0, 2.0], [40, 48, 32], [1, 1, 1], [[1, 2], [1, 3, 4], [1, 2]])
+    uncached = uncached_of(trace, [0, 16, 32])
+    assert uncached.tokens.tolist() == [40, 32, 1]
+    assert uncached.places.tolist() == [40 * 20.0, 32 * (16 + 16.0), 31.5]
+    assert uncached.sharers.tolist() == [1, 1, 1]
+    for wrong in ([0, 16], [0, 16, 33], [-1, 0, 0]):
+        with pytest.raises(ConfigError, match="cached"):
+            uncached_of(trace, wrong)
 
 
 def served_at_best(trace: Trace, seconds: float, limit: float) -> int:
@@ -351,10 +362,12 @@ def race(instances: int, seed: int) -> None:
             ttft_s=rng.choice((0.03, 0.1, 0.5)), ttft_factor=rng.choice((0.0, 1.0, 2.0)),
             itl_s=rng.choice((0.017, 0.025, 0.05)),
         )  # fmt: skip
-        met = set(np.flatnonzero(replay(trace, settings).columns.attained()).tolist())
+        columns = replay(trace, settings).columns
+        met = set(np.flatnonzero(columns.attained()).tolist())
         missed, least, worst = len(trace) - len(met), bound(trace, settings).misses, worst_decile(trace, met)
         assert least <= missed, settings
         assert worst == 0.0 or least <= bound(trace, settings, 1.0, worst).misses <= missed, settings
+        assert bound(trace, settings, cached=columns.cached).misses <= missed, settings
 
 
 def test_no_policy_beats_it_in_the_simulator() -> None:
@@ -404,6 +417,18 @@ def test_asking_for_every_decile_lowers_the_bound() -> None:
     assert bound(trace, settings, found[3], 0.95).misses > 50 >= bound(trace, settings, found[3]).misses
     nobody = bound(trace, settings, 30.0, 0.9)
     assert (nobody.share, nobody.misses) == (0.0, 1000)
+
+
+def test_who_finds_less_in_caches_has_a_lower_bound() -> None:
+    chains = [[1000 * (i % 40) + k for k in range(250)] for i in range(300)]
+    trace = trace_of([0.2 * i for i in range(300)], [4100] * 300, [10] * 300, chains)
+    settings = Settings(both=2, prefill=0, decode=0, closed_form=True)
+    first = [0] * 40 + [4000] * 260  # as an unlimited cache would have it
+    nothing = [0] * 300
+    plain, all_found, none_found = [bound_capacity(trace, settings, 0.97, None, c) for c in (None, first, nothing)]
+    assert all_found == pytest.approx(plain, rel=0.01)
+    assert none_found < 0.6 * plain
+    assert bound(trace, settings, plain / 1.1, None, nothing).share < 0.97 <= bound(trace, settings, plain / 1.1).share
 
 
 def test_hopeless_requests_count_in_their_decile() -> None:
