@@ -59,9 +59,9 @@ from twinpool.sim.settings import Settings
 from twinpool.sim.trace import Trace
 
 ROLE_CHANGES = ("prefill", "decode", "both")
-TOLERANCE = 0.005
+TOLERANCE = 0.001
 STRIDE = 4.0  # between speeds while there is no bracket
-FIRST = 1.05  # range of speeds that is ruled out at a time, at first
+ROUGH = 1.05  # bracket of the first bisection, and range of speeds that is ruled out at a time at first
 RANGE = 1e6  # times or parts of the first guess within which a bracket is looked for
 
 
@@ -105,7 +105,7 @@ def bound_capacity(
     """Speed-up from which on no policy meets both SLOs for ``target`` of the offered requests.
 
     ``decile``: and for this share of every tenth of prompt lengths. ``cached``: of the policies that find no more than
-    this in caches, as in ``bound``. About 0.5 % above the largest speed at which the bound allows it. 0.0: at no speed;
+    this in caches, as in ``bound``. About 0.3 % above the largest speed at which the bound allows it. 0.0: at no speed;
     inf: at any, as far as this bound knows. Raises ConfigError as ``bound`` does, and on a target outside 0 to 1.
     """
     return capacity_of(offer_of(trace, settings, cached), target, decile)
@@ -147,13 +147,14 @@ def capacity_of(made: Offer, target: float, decile: float | None = None) -> floa
     high = _bisect(lambda speed: _misses(rising, speed, allowed, caps) > allowed, _start(made))
     if not 0.0 < high < math.inf:
         return high
-    least, ratio, grows = high / RANGE, FIRST, True
-    while ratio > 1.0 + TOLERANCE / 2.0:
-        if _misses(made.until(high), high / ratio, allowed, caps, ratio) > allowed:
+    least, ratio, grows, below = high / RANGE, ROUGH, True, made.until(high)
+    while ratio > 1.0 + TOLERANCE:
+        if _misses(below, high / ratio, allowed, caps, ratio) > allowed:
             high /= ratio
-            ratio = min(STRIDE, ratio * ratio) if grows else ratio
             if high < least:
                 return 0.0
+            ratio = min(STRIDE, ratio * ratio) if grows else ratio
+            below = made.until(high)
         else:
             ratio, grows = math.sqrt(ratio), False
     return high
@@ -211,7 +212,7 @@ def _start(made: Offer) -> float:
 
 
 def _bisect(fails: Callable[[float], bool], start: float) -> float:
-    """The end of a bracket of 0.5 % that fails; 0.0 or inf where all speeds within ``RANGE`` do, or none."""
+    """The end of a rough bracket that fails; 0.0 or inf where all speeds within ``RANGE`` do, or none."""
     low = high = start
     if fails(start):
         while fails(low := low / STRIDE if low < start else start / 1.25):
@@ -223,7 +224,7 @@ def _bisect(fails: Callable[[float], bool], start: float) -> float:
             low = high
             if high > start * RANGE:
                 return math.inf
-    while high > low * (1.0 + TOLERANCE):
+    while high > low * ROUGH:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if fails(middle) else (middle, high)
     return high

@@ -111,9 +111,9 @@ class Needs:
     def demands(self, arrival: Floats) -> list[Demand]:
         """On all workers (what presses most comes first), on those that may prefill, on those that may decode: right
         where requests arrive at ``arrival`` or further apart."""
-        owner, _, window = self.decode
+        counted, _, window = self.decode
         steps = self.amounts.sequences
-        alones = self.amounts.alones + steps * self.contexts.counted(arrival[owner], window, steps)
+        alones = self.amounts.alones + steps * self.contexts.counted(arrival[counted], window, steps)
         need, fleet = replace(self.amounts, alones=alones), self.fleet
         first, second = fleet.prefill + fleet.both, fleet.decode + fleet.both
         prompts = self.shape.prefill(need)
@@ -123,10 +123,11 @@ class Needs:
         ]
         if fleet.both:
             work = self.shape.mixed(need)
-            seconds = ((self.prefill, work.prefill), (self.decode, work.decode))
-            parts = [_demand(span, some, fleet.workers) for span, some in seconds]
+            kinds = ((self.prefill, work.prefill), (self.decode, work.decode))
+            parts = [_demand(span, some, fleet.workers) for span, some in kinds]
             columns = zip(*[(part.owner, part.start, part.end, part.seconds) for part in parts], strict=True)
-            demands.insert(0, Demand(*[np.concatenate(pair) for pair in columns], work.token / fleet.workers))
+            owner, start, end, seconds = [np.concatenate(pair) for pair in columns]
+            demands.insert(0, Demand(owner, start, end, seconds, work.token / fleet.workers))
         return demands
 
 

@@ -364,9 +364,10 @@ def race(instances: int, seed: int) -> None:
         )  # fmt: skip
         columns = replay(trace, settings).columns
         met = set(np.flatnonzero(columns.attained()).tolist())
-        missed, least, worst = len(trace) - len(met), bound(trace, settings).misses, worst_decile(trace, met)
+        made, missed, worst = offer_of(trace, settings), len(trace) - len(met), worst_decile(trace, met)
+        least = bound_of(made, 1.0).misses
         assert least <= missed, settings
-        assert worst == 0.0 or least <= bound(trace, settings, 1.0, worst).misses <= missed, settings
+        assert worst == 0.0 or least <= bound_of(made, 1.0, worst).misses <= missed, settings
         assert bound(trace, settings, cached=columns.cached).misses <= missed, settings
 
 
