@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from twinpool.sim.bound_context import by_block
 from twinpool.sim.bound_lines import Floats
 from twinpool.sim.bound_misses import Ints, Pairs
 from twinpool.sim.trace import Trace
@@ -37,13 +38,18 @@ class Reuse:
     second: Ints
     tokens: Floats
 
-    def pairs(self, arrival: Floats, limit: Floats, memory: float, token_s: float) -> Pairs | None:
+    def pairs(
+        self, arrival: Floats, limit: Floats, memory: float, token_s: float, stretch: float = 1.0
+    ) -> Pairs | None:
         """Work with the requests arriving at ``arrival`` and due ``limit`` seconds later; None: all can be kept.
 
         ``memory``: KV tokens of all workers. ``token_s``: seconds of a prompt token, divided by the workers.
+        ``stretch``: at all speeds from that of ``arrival`` up to so many times it (bound.py): time to keep is shortest
+        at the highest, the horizon longest at the lowest.
         """
-        start, due = arrival[self.first] + limit[self.first], arrival[self.second] + limit[self.second]
-        time = np.maximum(0.0, arrival[self.second] - start)
+        start, due = arrival[self.first] + limit[self.first], arrival[self.second] + stretch * limit[self.second]
+        apart = arrival[self.second] - arrival[self.first]
+        time = np.maximum(0.0, apart / stretch - limit[self.first])
         some = time > 0.0
         if not some.any():
             return None
@@ -60,12 +66,8 @@ class Reuse:
 
 def reuse_of(trace: Trace, counted: Ints) -> Reuse:
     """Of the requests ``counted``, in order of arrival."""
-    offsets, n = np.asarray(trace.offsets), len(trace)
-    request = np.repeat(np.arange(n), np.diff(offsets))
-    some = np.isin(request, counted)
-    request, block = request[some], np.asarray(trace.hashes)[some]
-    order = np.lexsort((request, block))
-    request, block = request[order], block[order]
+    n = len(trace)
+    request, block = by_block(trace, counted)
     again = (block[1:] == block[:-1]) & (request[1:] != request[:-1])
     pair, blocks = np.unique(request[:-1][again] * n + request[1:][again], return_counts=True)
     return Reuse(pair // n, pair % n, np.asarray(blocks * float(trace.block_tokens)))

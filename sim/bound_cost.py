@@ -7,8 +7,9 @@ set of rates with
     T_step >= sum over prompt tokens of (token + more + place * (position + 1/2)) - sum over last chunks of lost
               + sequence * B + context * K + alone * K'
 
-where ``K'`` are context tokens in no block shared with another request. Everything is additive and no term of what
-is left out is negative, so what requests need can be added up, however steps are filled and whoever computes what.
+where ``K'`` are context tokens with each block counted for one of its requests only (bound_context.py). Everything is
+additive and no term of what is left out is negative, so what requests need can be added up, however steps are filled
+and whoever computes what.
 
 Each part is held from below by a straight line: ``W(y) >= pledge + const + token * y``,
 ``(A(x, c) + pledge) / x >= more + place * (c + x/2)``, ``R(B, K) / B >= alpha + context * K / B``. ``alpha`` may be
@@ -21,8 +22,8 @@ one is short of the line. In a chunk that ends its prompt ``attention`` is short
 request that may have computed the tokens: its own, and those that share the first block it brings (ids are chained, so
 who shares a later block shares that one too). ``lost`` is taken off for each of them, down to no attention at all.
 
-``const`` is paid once a step, and 1 is at least ``x / chunk_tokens``, ``B / max_batch`` and ``K' / kv_tokens`` (blocks
-that are not shared lie in memory once each), so ``const`` times one of these three may be charged instead. Of all ways
+``const`` is paid once a step, and 1 is at least ``x / chunk_tokens``, ``B / max_batch`` and ``K' / kv_tokens`` (all of
+``K'`` lies in memory at once), so ``const`` times one of these three may be charged instead. Of all ways
 the one that makes most of the traffic is taken.
 """
 
@@ -60,7 +61,7 @@ class Amounts:
     sharers: Floats  # requests, itself too, whose chunks may compute some of them
     sequences: Floats  # decode steps that must have the request in their batch
     contexts: Floats  # its context tokens, summed over these steps
-    alones: Floats  # of these, the ones in blocks of no other request
+    alones: Floats  # of these, the ones that no other request of the same step counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,11 @@ the least of the work of the ``k`` smallest by ``v``, pairs among them too, that
 requests among these have ``v`` of ``L_k - credit`` at least, since dropping one saves no more. Without pairs ``R_k`` is
 the sum of their work less ``L_k``.
 
+With ``caps`` no more than so many may miss of each of some groups. The most ``v`` that any number of the ``k`` smallest
+have together, within the caps, have those that are taken from the largest down, each whose group has room left (sets
+within the caps are a matroid, where greed is best). So as many as make up for ``L_k - credit`` in this way miss at
+least, and where all together do not, no served set is within the caps.
+
 ``by_interval``. Requests whose pieces all lie in ``[s, e]`` concern nobody else in that time, so misses forced in
 disjoint intervals add up. Pretend that all with a release after ``s`` were released at ``s``: Moore and Hodgson's rule
 (1968; in order of due times, drop the largest whenever work exceeds time) then finds the fewest misses by every ``e``,
@@ -72,17 +77,28 @@ class Pairs(NamedTuple):
     credit: float
 
 
-def least_misses(jobs: Jobs, enough: int | None = None, pairs: Pairs | None = None) -> int:
-    """Requests that miss, at least. ``enough``: a count above it is as good as any, and one far below may be rough."""
+class Caps(NamedTuple):
+    """The most that may miss of the requests of each group."""
+
+    group: Ints  # of each request
+    most: Ints  # of each group
+
+
+def least_misses(jobs: Jobs, enough: int | None = None, pairs: Pairs | None = None, caps: Caps | None = None) -> int:
+    """Requests that miss, at least; more than there are where ``caps`` cannot be kept.
+
+    ``enough``: a count above it is as good as any, and one far below may be rough.
+    """
     if enough is None:
-        return max(by_size(jobs, FINE), by_size(jobs, FINE, pairs) if pairs else 0, by_interval(jobs))
-    misses = by_size(jobs, COARSE)
+        with_pairs = by_size(jobs, FINE, pairs, caps) if pairs else 0
+        return max(by_size(jobs, FINE, None, caps), with_pairs, by_interval(jobs))
+    misses = by_size(jobs, COARSE, None, caps)
     if pairs and misses <= enough:
-        misses = max(misses, by_size(jobs, COARSE, pairs))
+        misses = max(misses, by_size(jobs, COARSE, pairs, caps))
     if misses <= enough:
         misses = max(misses, by_interval(jobs))
     if misses <= enough < NEAR * misses:
-        misses = max(misses, by_size(jobs, FINE, pairs), by_size(jobs, FINE) if pairs else 0)
+        misses = max(misses, by_size(jobs, FINE, pairs, caps), by_size(jobs, FINE, None, caps) if pairs else 0)
     return misses
 
 
@@ -118,10 +134,11 @@ def _dense(pairs: Pairs, known: Ints) -> Pairs:
     return Pairs(first, second, pairs.release[some], pairs.due[some], pairs.seconds[some], pairs.credit)
 
 
-def by_size(jobs: Jobs, runs: int = FINE, pairs: Pairs | None = None) -> int:
+def by_size(jobs: Jobs, runs: int = FINE, pairs: Pairs | None = None, caps: Caps | None = None) -> int:
     """Misses that the sizes of the requests force, all intervals at once; ``R_k`` run for so many ``k``."""
     owner, size = _requests(jobs)
-    between = _dense(pairs, np.unique(jobs.owner)) if pairs else None
+    known = np.unique(jobs.owner)
+    between = _dense(pairs, known) if pairs else None
     if between is not None:
         size = size + np.bincount(between.first, between.seconds, len(size))
         size = size + np.bincount(between.second, between.seconds, len(size))
@@ -134,13 +151,33 @@ def by_size(jobs: Jobs, runs: int = FINE, pairs: Pairs | None = None) -> int:
         later = np.maximum(rank[between.first], rank[between.second])
         pieces = _together(pieces, _Pieces(later, between.release, between.due, between.seconds))
     by_release = np.argsort(pieces.release, kind="stable")
-    most = _most_work(pieces.take(by_release), sizes, runs, between.credit if between else 0.0)
+    losses = _losses(pieces.take(by_release), len(sizes), runs, between.credit if between else 0.0)
     done, served = 0.0, 0
-    for size, limit in zip(sizes.tolist(), most.tolist(), strict=True):
+    for size, limit in zip(sizes.tolist(), _most_work(losses, sizes).tolist(), strict=True):
         if done + size <= limit * (1.0 + SHARE) + SLACK:
             done += size
             served += 1
-    return len(sizes) - served
+    misses = len(sizes) - served
+    return misses if caps is None else max(misses, _within(caps.group[known[order]], caps.most, sizes, losses))
+
+
+def _within(group: Ints, most: Ints, sizes: Floats, losses: list[tuple[int, float]]) -> int:
+    """The fewest of each ``k`` smallest that make up for what they lose, with no more than ``most`` of each group; more
+    than there are where these do not."""
+    total, fewest = np.cumsum(sizes), 0
+    members = [np.flatnonzero(group == which) for which in range(len(most))]
+    for k, lost in losses:
+        first = [np.searchsorted(some, k) for some in members]
+        largest = [
+            some[max(0, end - room) : end] for some, end, room in zip(members, first, most.tolist(), strict=True)
+        ]
+        saved = np.cumsum(np.sort(sizes[np.concatenate(largest)])[::-1])
+        wanted = lost - SHARE * (float(total[k - 1]) - lost) - SLACK
+        needed = int(np.searchsorted(saved, wanted)) + 1 if wanted > 0.0 else 0
+        if needed > len(saved):
+            return len(sizes) + 1
+        fewest = max(fewest, needed)
+    return fewest
 
 
 def _requests(jobs: Jobs) -> tuple[Ints, Floats]:
@@ -149,16 +186,24 @@ def _requests(jobs: Jobs) -> tuple[Ints, Floats]:
     return owner, np.bincount(owner, jobs.seconds).astype(np.float64)
 
 
-def _most_work(pieces: _Pieces, sizes: Floats, runs: int, credit: float) -> Floats:
-    """An upper bound on ``R_k`` for every ``k`` from 1. All of the smallest are done in time if more of them are."""
-    total = np.cumsum(sizes)
-    bound = total.copy()
-    above, ceiling = len(sizes) + 1, np.inf
-    for k in _counts(len(sizes), runs):
+def _losses(pieces: _Pieces, n: int, runs: int, credit: float) -> list[tuple[int, float]]:
+    """(k, ``L_k - credit``) for some ``k``, falling from ``n``. All of the smallest are done in time if more are."""
+    found: list[tuple[int, float]] = []
+    for k in _counts(n, runs):
         some = pieces.take(pieces.rank < k)
         lost = unfinished(some.release.tolist(), some.due.tolist(), some.seconds.tolist()) - credit
         if lost <= SLACK:
             break
+        found.append((k, lost))
+    return found
+
+
+def _most_work(losses: list[tuple[int, float]], sizes: Floats) -> Floats:
+    """An upper bound on ``R_k`` for every ``k`` from 1."""
+    total = np.cumsum(sizes)
+    bound = total.copy()
+    above, ceiling = len(sizes) + 1, np.inf
+    for k, lost in losses:
         between = slice(k - 1, above - 1)
         bound[between] = np.minimum(total[between] - lost, ceiling)
         above, ceiling = k, float(bound[k - 1])
@@ -266,8 +311,9 @@ def _misses_from(start: float, due: Floats, work: Floats) -> list[tuple[float, i
 # --- exact --------------------------------------------------------------------------------------------------------
 
 
-def exact(kinds: Sequence[Jobs]) -> int:
-    """The fewest requests that must be dropped so that every kind of workers can do the rest in time."""
+def exact(kinds: Sequence[Jobs], caps: Caps | None = None) -> int:
+    """The fewest requests that must be dropped so that every kind of workers can do the rest in time; one more than
+    there are where ``caps`` cannot be kept."""
     requests = frozenset(owner for jobs in kinds for owner in jobs.owner.tolist())
     level = {requests}
     for misses in range(len(requests) + 1):
@@ -277,8 +323,13 @@ def exact(kinds: Sequence[Jobs]) -> int:
             if not conflict:
                 return misses
             following.update(served - {request} for request in conflict)
-        level = following
-    raise AssertionError("nobody served is always possible")
+        level = following if caps is None else {served for served in following if _kept(caps, requests - served)}
+    return len(requests) + 1
+
+
+def _kept(caps: Caps, dropped: frozenset[int]) -> bool:
+    count = np.bincount(caps.group[list(dropped)], minlength=len(caps.most))
+    return not bool((count > caps.most).any())
 
 
 def _conflict(kinds: Sequence[Jobs], served: frozenset[int]) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""A cluster in a few lines to hold the bound against: steps by the cost model, one cache for all, free transfer.
+"""Made-up traffic and a small cluster to hold the bound against: steps by the cost model, one cache, free transfer.
 
 Its policy draws lots: who prefills what and in which order, who decodes where, how much a step takes, what leaves the
 cache. It obeys only what the bound's proof relies on: causality, one step after another on a worker, one unfinished
@@ -9,11 +9,39 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from dataclasses import dataclass, field
 
 from twinpool.cost import Cost
 from twinpool.sim.bound_work import Fleet, Slo
-from twinpool.sim.trace import Trace
+from twinpool.sim.trace import Trace, no_hashes
+
+
+def trace_of(
+    arrival: list[float], prompt: list[int], output: list[int], blocks: list[list[int]] | None = None, size: int = 16
+) -> Trace:
+    n = len(arrival)
+    hashes, offsets = array("q"), no_hashes(n)
+    for i, ids in enumerate(blocks or []):
+        hashes.extend(ids)
+        offsets[i + 1] = len(hashes)
+    return Trace(
+        "made", size if blocks else 0, array("d", arrival), array("q", prompt), array("q", output), hashes, offsets
+    )
+
+
+def random_trace(rng: random.Random, n: int, gap_s: float, size: int = 16) -> Trace:
+    """Prompts that branch off each other: a tree of blocks."""
+    arrival, prompt, output, now = [], [], [], 0.0
+    chains: list[list[int]] = []
+    for i in range(n):
+        arrival.append(now)
+        now += rng.expovariate(1.0 / gap_s) * (rng.random() < 0.7)
+        parent = rng.choice(chains)[: rng.randint(0, 6)] if chains and rng.random() < 0.6 else []
+        chains.append(parent + [1000 * i + k for k in range(rng.randint(0, 8))])
+        prompt.append(max(1, len(chains[-1]) * size + rng.randint(0, size - 1)))
+        output.append(rng.choice((1, 2, 3, rng.randint(1, 30))))
+    return trace_of(arrival, prompt, output, chains, size)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from twinpool.sim.bound_misses import EXACT, Jobs, by_interval, by_size, exact, unfinished
+from twinpool.sim.bound_misses import EXACT, Caps, Jobs, Pairs, by_interval, by_size, exact, least_misses, unfinished
 
 
 def random_jobs(rng: random.Random, n: int) -> Jobs:
@@ -77,6 +77,68 @@ def test_exact_equals_brute_force_and_bounds_stay_below() -> None:
             assert found <= truth
             tight[rule] += found == truth
     assert min(tight.values()) > 150, tight  # not empty promises: mostly they find the very number
+
+
+def random_caps(rng: random.Random, n: int) -> Caps:
+    groups = rng.randint(1, 3)
+    members, most = [rng.randrange(groups) for _ in range(n)], [rng.randint(0, 2) for _ in range(groups)]
+    return Caps(np.array(members, dtype=np.int64), np.array(most, dtype=np.int64))
+
+
+def keeps(caps: Caps, dropped: set[int]) -> bool:
+    return all(sum(caps.group[i] == g for i in dropped) <= most for g, most in enumerate(caps.most))
+
+
+def test_with_caps_exact_equals_brute_force_and_by_size_stays_below() -> None:
+    rng = random.Random(13)
+    tight = more = impossible = 0
+    for _ in range(300):
+        n = rng.randint(1, 6)
+        jobs, caps = random_jobs(rng, n), random_caps(rng, n)
+        sets = [set(served) for count in range(n, -1, -1) for served in combinations(range(n), count)]
+        within = [served for served in sets if keeps(caps, set(range(n)) - served) and fits(jobs, served)]
+        truth = n - len(within[0]) if within else n + 1
+        assert exact([jobs], caps) == truth
+        plain, found = by_size(jobs), by_size(jobs, caps=caps)
+        assert plain <= found <= truth
+        tight += found == truth
+        more += found > plain
+        impossible += found == truth > n
+    assert tight > 150
+    assert more > 50
+    assert impossible > 30
+
+
+def lost(jobs: Jobs, pairs: Pairs, served: set[int]) -> float:
+    """Seconds that cannot be done in time of what a served set needs, pairs too."""
+    pieces = [(at, due, s) for i, at, due, s in zip(*jobs, strict=True) if i in served]
+    between = zip(*pairs[:5], strict=True)
+    pieces += [(at, due, s) for i, j, at, due, s in between if i in served and j in served]
+    return unfinished(*zip(*sorted(pieces), strict=True)) if pieces else 0.0
+
+
+def test_pairs_and_caps_never_force_more_than_some_set_of_requests_misses() -> None:
+    rng = random.Random(14)
+    forced = tight = 0
+    for _ in range(400):
+        n = rng.randint(2, 7)
+        jobs, caps = random_jobs(rng, n), random_caps(rng, n)
+        chosen = rng.sample(list(combinations(range(n), 2)), rng.randint(1, n - 1))
+        release = np.array([float(rng.randint(0, 12)) for _ in chosen])
+        due = release + np.array([float(rng.randint(1, 8)) for _ in chosen])
+        first, second = np.array(chosen, dtype=np.int64).T
+        seconds = np.array([float(rng.randint(1, 5)) for _ in chosen])
+        pairs = Pairs(first, second, release, due, seconds, rng.choice((0.0, 1.0, 3.0)))
+        sets = [set(served) for count in range(n, -1, -1) for served in combinations(range(n), count)]
+        able = [served for served in sets if fits(jobs, served) and lost(jobs, pairs, served) <= pairs.credit + 1e-9]
+        within = [served for served in able if keeps(caps, set(range(n)) - served)]
+        truth = n - len(within[0]) if within else n + 1
+        assert by_size(jobs, pairs=pairs) <= n - len(able[0])
+        found = least_misses(jobs, None, pairs, caps)
+        assert found <= truth
+        forced, tight = forced + (found > 0), tight + (found == truth)
+    assert forced > 200
+    assert tight > 150
 
 
 def test_larger_instances_have_bounds_below_exact_and_above_naught() -> None:
