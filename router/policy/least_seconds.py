@@ -2,8 +2,8 @@
 
 For the next in order every worker with room is scored by ``finish = free_at + T_p(u, c)``: decode workers too, whose
 chunks must fit beside their decodes. Local wins only if it is earlier than the best split and, with 5 % in hand, still
-in time. Where all prefill workers are busy it may be later than the earliest of them by what that would cost the others
-more (price.py). The decode worker is the one with the least max(ITL ratio, memory ratio).
+in time. Where all prefill workers are busy it may be later than the earliest of them, by less than the others gain by
+that (price.py). The decode worker is the one with the least max(ITL ratio, memory ratio).
 
 A request is passed over while a worker that is busy will give its first token earlier, for what it has cached, or where
 all with room are too late. One that can be in time nowhere any more stands behind all that can. In time is what still
